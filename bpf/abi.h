@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/* All that the kernel programs share with Go. The Go side is generated from
+ * this file's BTF (go generate ./maps) and never written by hand. Addresses and
+ * ports are in network byte order (__be32, __be16), everything else is in the
+ * host's. An IPv4 address in a field of four words is v4-mapped (RFC 4291 2.5.5.2).
+ */
+#ifndef SNILB_ABI_H
+#define SNILB_ABI_H
+
+/* Raised when a pinned map of an older binary could be misread by this one. */
+#define LAYOUT_VERSION 1
+
+#define MAX_WORKERS 64
+#define MAX_COUNTER_SLOTS 64
+#define MAX_NEXTHOPS 65536
+#define EVENT_DATA 17408 /* a hello of 16 KiB with record and packet headers */
+
+enum leg { LEG_CLIENT, LEG_BACKEND };
+
+/* Why a packet left a program the way it did: append only, for they are the
+ * `reason` labels of snilb_packets_total. The action belongs to the reason; Go's
+ * table of both is checked against REASON_LEN.
+ */
+enum reason {
+	REASON_OK, /* parsing goes on; never counted */
+	/* to the stack, untouched */
+	REASON_NOT_TCP,
+	REASON_FRAGMENT,
+	REASON_IP_OPTIONS,
+	REASON_EXTENSION_HEADER,
+	REASON_VLAN_STACKED,
+	REASON_MALFORMED,
+	REASON_NOT_OURS,
+	REASON_SOCKET,
+	REASON_DAEMON_DEAD,
+	REASON_RING_BUSY,
+	REASON_UNKNOWN_PASS,
+	/* answered in place */
+	REASON_SYN_ANSWERED,
+	/* to another interface */
+	REASON_FORWARDED,
+	REASON_ENGINE_OUTPUT,
+	/* to the engine */
+	REASON_HELLO,
+	REASON_BACKEND,
+	REASON_UNKNOWN_RESET,
+	/* dropped */
+	REASON_HANDSHAKE_ACK,
+	REASON_JUNK,
+	REASON_UNKNOWN_DROP,
+	REASON_UNKNOWN_LIMITED,
+	REASON_EVENT_LOST,
+	REASON_TTL_EXPIRED,
+	REASON_TOO_BIG,
+	REASON_NO_NEXTHOP,
+	REASON_REPLAY_MISSED,
+	REASON_WRITE_ERROR, /* a helper refused after the first write */
+	REASON_LEN,
+};
+
+enum unknown_flow { UNKNOWN_FLOW_RESET, UNKNOWN_FLOW_PASS, UNKNOWN_FLOW_DROP };
+
+enum event_kind {
+	EVENT_HELLO = 1, /* a client's data, FIN or RST with a valid cookie */
+	EVENT_BACKEND, /* a backend's packet to a source port with no flow */
+	EVENT_CLOSING, /* the first FIN or RST of one side of a bound flow */
+	EVENT_UNKNOWN, /* a packet of a connection nobody knows, to be reset */
+	EVENT_LEN,
+};
+
+/* What the engine asks of the program on its TAP device, the fourth byte of the
+ * frame's destination address; the last two are a next hop's index.
+ */
+enum tap_request { TAP_OUTPUT, TAP_REPLAY_CLIENT, TAP_REPLAY_BACKEND };
+
+struct listener_key {
+	__be32 addr[4];
+	__be16 port;
+	__u16 pad;
+};
+
+struct listener {
+	__u16 id; /* 1 up, in the order of routes.yaml */
+	__u8 unknown_flow; /* enum unknown_flow */
+	__u8 pad;
+};
+
+/* A source address of ours that speaks to a backend. */
+struct path_key {
+	__be32 backend[4];
+	__be32 source[4];
+	__be16 port; /* of the backend */
+	__u16 pad;
+};
+
+struct path {
+	__u32 id;
+};
+
+/* Where a bound packet leaves. gateway all zero: the destination is on the link. */
+struct nexthop {
+	__u32 ifindex; /* 0: unset */
+	__u16 mtu; /* bytes of an IP packet */
+	__u8 family; /* AF_INET or AF_INET6 of the gateway */
+	__u8 pad;
+	__be32 gateway[4];
+};
+
+/* Bits 24 to 31 of flow.control, only ever set, by atomic or. */
+enum flow_state {
+	FLOW_FIN = 1 << 24, /* this side sent a FIN */
+	FLOW_RST = 1 << 25, /* this side sent a RST */
+	FLOW_CONFIRMED = 1 << 26, /* this side acknowledged something new */
+};
+
+#define FLOW_NEXTHOP_MASK 0xffff
+#define FLOW_SHIFT_POS 16
+#define FLOW_SHIFT_MASK 0x1f
+#define FLOW_SHIFT_BIAS 14
+
+/* One direction of a bound flow, all that both families share. The engine
+ * inserts it once; from then on only the kernel programs write it.
+ */
+struct flow {
+	__u64 bytes; /* TCP payload */
+	__u32 seq, ack; /* added to the packet's */
+	__u32 tsval, tsecr; /* added to the packet's */
+	__u32 last_ack; /* of the last packet with ACK, as this side sent it */
+	__u32 packets; /* wire packets, modulo 2^32 */
+	__u32 last_seen; /* CLOCK_MONOTONIC in units of 2^20 ns, modulo 2^32 */
+	__u32 control; /* next hop 0-15, window shift + 14 16-20, state 24-31 */
+	__u16 generation; /* tells one use of a tuple from the next */
+	__u16 id; /* client leg: the backend's; backend leg: the route's */
+	__be16 sport, dport; /* the packet's new ports */
+};
+
+struct flow4_key {
+	__be32 saddr, daddr;
+	__be16 sport, dport;
+	__u32 leg; /* enum leg */
+};
+
+struct flow6_key {
+	__be32 saddr[4], daddr[4];
+	__be16 sport, dport;
+	__u32 leg;
+};
+
+struct flow4 {
+	struct flow flow;
+	__be32 saddr, daddr; /* the packet's new addresses */
+};
+
+struct flow6 {
+	struct flow flow;
+	__be32 saddr[4], daddr[4];
+};
+
+/* Slab objects of 128 and 192 bytes hold these, and not one byte more. */
+_Static_assert(sizeof(struct flow) == 48, "flow");
+_Static_assert(sizeof(struct flow4) == 56 && sizeof(struct flow4_key) == 16, "flow4");
+_Static_assert(sizeof(struct flow6) == 80 && sizeof(struct flow6_key) == 40, "flow6");
+
+struct cookie_key {
+	__u64 k0, k1;
+};
+
+/* The live switches, written by the daemon about once a second. */
+struct live {
+	__u64 beat; /* CLOCK_MONOTONIC ns of the daemon's last sign of life */
+	__u64 wall_offset; /* CLOCK_REALTIME - CLOCK_MONOTONIC, ns */
+	struct cookie_key keys[4]; /* by slot & 3 */
+	__u16 mss4, mss6; /* announced in SYN-ACKs */
+	__u32 pad;
+};
+
+_Static_assert(sizeof(struct live) == 88, "live");
+
+/* What stands before the packet (from its IP header on) in a ring record. */
+struct event_header {
+	__u64 time; /* CLOCK_MONOTONIC ns */
+	__u32 ifindex;
+	__u32 length; /* of the IP packet; more than captured: cut */
+	__u16 captured; /* bytes that follow */
+	__u16 listener; /* struct listener.id, 0 on the backend leg */
+	__u8 kind; /* enum event_kind */
+	__u8 leg; /* enum leg */
+	__u8 mac[6]; /* who sent the frame */
+	__u8 pad[4];
+};
+
+_Static_assert(sizeof(struct event_header) == 32, "event_header");
+
+struct counter_set {
+	__u64 packets[REASON_LEN];
+};
+
+#endif

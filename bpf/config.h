@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/* Settings fixed when the programs are loaded: constants to the verifier, which
+ * removes what they switch off.
+ */
+#ifndef SNILB_CONFIG_H
+#define SNILB_CONFIG_H
+
+/* Which of `counters` this copy of the programs counts in: one per interface. */
+volatile const __u32 counter_slot = 0;
+volatile const __u32 workers = 1;
+/* The ports the engine speaks to backends from, both ends included. */
+volatile const __u16 source_port_first = 10000;
+volatile const __u16 source_port_last = 29999;
+/* A daemon silent for longer than this is dead; ns. */
+volatile const __u64 dead_after = 10000000000ULL;
+/* Bytes waiting in a ring above which SYNs go to the stack instead. */
+volatile const __u64 ring_busy = 7 << 20;
+/* Whether bpf_l4_csum_replace knows BPF_F_IPV6 (kernel 6.16). */
+volatile const bool has_csum_ipv6 = false;
+
+/* The window scale in every SYN-ACK: no cookie carries it. Linux's own choice for
+ * its default buffers, so that a Linux backend's windows need no shift.
+ */
+#define ANNOUNCED_WSCALE 7
+
+#endif

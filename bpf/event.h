@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/* Packets for the engine: a header and the packet from its IP header on, in the
+ * ring of the worker that owns the connection.
+ */
+#ifndef SNILB_EVENT_H
+#define SNILB_EVENT_H
+
+/* A source port belongs to one worker, so that ports need no lock. */
+static __always_inline __u32 port_worker(__be16 port)
+{
+	return (__u16)(bpf_ntohs(port) - source_port_first) % workers;
+}
+
+/* Whether the worker behind this ring is so far behind that new connections
+ * should go elsewhere.
+ */
+static __always_inline bool ring_is_busy(__u32 worker)
+{
+	void *ring = bpf_map_lookup_elem(&rings, &worker);
+
+	return !ring || bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA) > ring_busy;
+}
+
+struct event_what {
+	__u16 listener; /* struct listener.id, 0 on the backend leg */
+	__u8 kind; /* enum event_kind */
+	__u8 leg; /* enum leg */
+};
+
+/* Returns false when the ring is full: the packet is then lost to the engine, and
+ * TCP repeats it. limit is how many bytes of the packet are wanted.
+ */
+static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pkt,
+				  struct event_what what, __u32 worker, __u32 limit)
+{
+	__u32 zero = 0, captured;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	void *ring = bpf_map_lookup_elem(&rings, &worker);
+
+	if (!s || !ring || !pkt)
+		return false;
+	captured = pkt->length;
+	if (captured > limit)
+		captured = limit;
+	if (captured < 1 || captured > EVENT_DATA)
+		return false;
+	s->header.time = bpf_ktime_get_coarse_ns();
+	s->header.ifindex = skb->ifindex;
+	s->header.length = pkt->length;
+	s->header.captured = captured;
+	s->header.listener = what.listener;
+	s->header.kind = what.kind;
+	s->header.leg = what.leg;
+	if (bpf_skb_load_bytes(skb, 6, s->header.mac, 6) ||
+	    bpf_skb_load_bytes(skb, pkt->l3, s->data, captured))
+		return false;
+	return bpf_ringbuf_output(ring, s, sizeof(s->header) + captured, 0) == 0;
+}
+
+#define EVENT_HEADERS_ONLY (sizeof(struct ipv6hdr) + TCP_HEADER_MAX)
+
+#endif

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/* A bound flow: found by its packet, counted, rewritten, sent on its way. */
+#ifndef SNILB_FLOW_H
+#define SNILB_FLOW_H
+
+/* Not in the UAPI headers of the oldest kernel we build on. */
+#define F_IPV6 (1ULL << 7)
+#define F_PSEUDO_HDR (1ULL << 4)
+#define TCP_CHECK_OFFSET 16
+
+/* One entry, of one table: the other pointer is NULL. The verifier follows which
+ * of two pointers is set, but not which of two types one pointer has.
+ */
+struct bound {
+	struct flow *flow;
+	struct flow4 *v4;
+	struct flow6 *v6;
+};
+
+static __always_inline struct flow4_key flow4_key_of(const struct packet *pkt, __u32 leg)
+{
+	return (struct flow4_key){
+		.saddr = pkt->saddr[3],
+		.daddr = pkt->daddr[3],
+		.sport = pkt->sport,
+		.dport = pkt->dport,
+		.leg = leg,
+	};
+}
+
+static __always_inline struct flow6_key flow6_key_of(const struct packet *pkt, __u32 leg)
+{
+	struct flow6_key key = { .sport = pkt->sport, .dport = pkt->dport, .leg = leg };
+
+	address_copy(key.saddr, pkt->saddr);
+	address_copy(key.daddr, pkt->daddr);
+	return key;
+}
+
+static __always_inline bool flow_find(const struct packet *pkt, __u32 leg, struct bound *b)
+{
+	b->v4 = NULL;
+	b->v6 = NULL;
+	if (pkt->family == AF_INET) {
+		struct flow4_key key = flow4_key_of(pkt, leg);
+
+		b->v4 = bpf_map_lookup_elem(&flows4, &key);
+		b->flow = (struct flow *)b->v4;
+	} else {
+		struct flow6_key key = flow6_key_of(pkt, leg);
+
+		b->v6 = bpf_map_lookup_elem(&flows6, &key);
+		b->flow = (struct flow *)b->v6;
+	}
+	return b->flow;
+}
+
+/* Forgets the entry this packet was found by: its connection is over and a new
+ * one wants the tuple. The other leg's entry is left to the engine.
+ */
+static __always_inline void flow_forget(const struct packet *pkt, __u32 leg)
+{
+	if (pkt->family == AF_INET) {
+		struct flow4_key key = flow4_key_of(pkt, leg);
+
+		bpf_map_delete_elem(&flows4, &key);
+	} else {
+		struct flow6_key key = flow6_key_of(pkt, leg);
+
+		bpf_map_delete_elem(&flows6, &key);
+	}
+}
+
+/* The other direction's entry, whose tuple is this one's rewrite turned around. */
+static __always_inline struct flow *flow_reverse(const struct bound *b, __u32 leg)
+{
+	if (b->v4) {
+		struct flow4_key key = {
+			.saddr = b->v4->daddr,
+			.daddr = b->v4->saddr,
+			.sport = b->v4->flow.dport,
+			.dport = b->v4->flow.sport,
+			.leg = !leg,
+		};
+		return bpf_map_lookup_elem(&flows4, &key);
+	}
+	if (b->v6) {
+		struct flow6_key key = {
+			.sport = b->v6->flow.dport,
+			.dport = b->v6->flow.sport,
+			.leg = !leg,
+		};
+
+		address_copy(key.saddr, b->v6->daddr);
+		address_copy(key.daddr, b->v6->saddr);
+		return bpf_map_lookup_elem(&flows6, &key);
+	}
+	return NULL;
+}
+
+/* Both sides sent a FIN, or one a RST: a SYN now starts a new connection. */
+static __always_inline bool flow_is_closing(const struct bound *b, __u32 leg)
+{
+	struct flow *other = flow_reverse(b, leg);
+	__u32 mine = b->flow->control;
+	__u32 theirs = other ? other->control : FLOW_RST;
+
+	return mine & theirs & FLOW_FIN || (mine | theirs) & FLOW_RST;
+}
+
+static __always_inline void flow_mark(struct flow *flow, __u32 state)
+{
+	if ((flow->control & state) != state)
+		__sync_fetch_and_or(&flow->control, state);
+}
+
+static __always_inline void flow_account(const struct packet *pkt, struct flow *flow, __u32 packets,
+					 __u64 now)
+{
+	flow->bytes += pkt->payload;
+	flow->packets += packets;
+	flow->last_seen = now >> 20;
+	if (pkt->flags & TCP_ACK && flow->last_ack != pkt->ack) {
+		flow->last_ack = pkt->ack;
+		flow_mark(flow, FLOW_CONFIRMED);
+	}
+}
+
+/* The worker that owns the flow hears once of each side's FIN or RST. */
+static __always_inline void flow_announce_end(struct __sk_buff *skb, const struct packet *pkt,
+					      struct flow *flow, __u32 leg)
+{
+	__u32 state = (pkt->flags & TCP_FIN ? FLOW_FIN : 0) | (pkt->flags & TCP_RST ? FLOW_RST : 0);
+	struct event_what what = { .kind = EVENT_CLOSING, .leg = leg };
+
+	if ((flow->control & state) == state)
+		return;
+	flow_mark(flow, state);
+	event_send(skb, pkt, what, port_worker(leg == LEG_CLIENT ? flow->sport : pkt->dport),
+		   EVENT_HEADERS_ONLY);
+}
+
+/* Hands the sums to the kernel, which knows what its checksum state makes of them
+ * (a GSO packet's field holds the sum of its pseudo header only).
+ */
+static __always_inline int flow_fix_checksum(struct __sk_buff *skb, const struct packet *pkt,
+					     const struct csum_change *sum)
+{
+	__u64 pseudo = F_PSEUDO_HDR;
+	__u32 at = pkt->l4 + TCP_CHECK_OFFSET;
+
+	if (pkt->family == AF_INET6 && has_csum_ipv6)
+		pseudo |= F_IPV6;
+	if (bpf_l4_csum_replace(skb, at, 0, csum_fold64(sum->pseudo), pseudo))
+		return -1;
+	return bpf_l4_csum_replace(skb, at, 0, csum_fold64(sum->tcp), 0);
+}
+
+static __always_inline int nexthop_send(struct __sk_buff *skb, const struct nexthop *hop,
+					__u8 family, const __be32 daddr[4])
+{
+	struct bpf_redir_neigh to = { .nh_family = hop->family };
+	bool on_link = !(hop->gateway[0] | hop->gateway[1] | hop->gateway[2] | hop->gateway[3]);
+
+	if (on_link)
+		to.nh_family = family;
+	if (to.nh_family == AF_INET)
+		to.ipv4_nh = on_link ? daddr[3] : hop->gateway[3];
+	else
+		address_copy(to.ipv6_nh, on_link ? daddr : hop->gateway);
+	return bpf_redirect_neigh(hop->ifindex, &to, sizeof(to), 0);
+}
+
+/* Everything before the first write: may this packet go out by its next hop? */
+static __always_inline enum reason flow_may_forward(struct __sk_buff *skb, const struct packet *pkt,
+						    const struct nexthop *hop)
+{
+	if (!hop || !hop->ifindex)
+		return REASON_NO_NEXTHOP;
+	/* The stack would find no socket and reset the client, so not "pass". */
+	if (pkt->ttl <= 1)
+		return REASON_TTL_EXPIRED;
+	if (!skb->gso_segs && pkt->length > hop->mtu)
+		return REASON_TOO_BIG;
+	if ((pkt->flags & (TCP_SYN | TCP_RST | TCP_FIN)) == 0 && !(pkt->flags & TCP_ACK))
+		return REASON_JUNK;
+	return REASON_OK;
+}
+
+/* The rewrite itself; fills where the packet goes. Returns -1 when a helper
+ * refused, which leaves the packet fit for nothing but dropping.
+ */
+static __always_inline int flow_rewrite(struct __sk_buff *skb, struct packet *pkt,
+					const struct bound *b, __be32 daddr[4])
+{
+	struct flow *flow = b->flow;
+	struct csum_change sum = {};
+	struct headers h;
+	bool options;
+
+	if (!packet_headers((void *)(long)skb->data, (void *)(long)skb->data_end, pkt, &h))
+		return -1;
+	/* ---- from here on the packet is changed: no way back to "pass" ---- */
+	if (b->v4) {
+		rewrite_ip4(h.ip4, b->v4, &sum);
+		address_map4(daddr, b->v4->daddr);
+	} else if (b->v6) {
+		rewrite_ip6(h.ip6, b->v6, &sum);
+		address_copy(daddr, b->v6->daddr);
+	}
+	options = rewrite_tcp((void *)(long)skb->data_end, h.tcp, pkt, flow, &sum);
+	if (options) {
+		__s64 changed = rewrite_options(skb, pkt->l4 + sizeof(struct tcphdr),
+						pkt->header - sizeof(struct tcphdr), flow,
+						pkt->flags & TCP_ACK);
+
+		if (changed < 0)
+			return -1;
+		sum.tcp += changed;
+	}
+	return flow_fix_checksum(skb, pkt, &sum);
+}
+
+static __always_inline int flow_forward(struct __sk_buff *skb, struct packet *pkt,
+					const struct bound *b, __u32 leg)
+{
+	struct flow *flow = b->flow;
+	__u32 index = flow->control & FLOW_NEXTHOP_MASK;
+	struct nexthop *hop = bpf_map_lookup_elem(&nexthops, &index);
+	enum reason why = flow_may_forward(skb, pkt, hop);
+	__be32 daddr[4] = {};
+
+	if (why != REASON_OK || !hop)
+		return drop(why);
+	if (pkt->flags & (TCP_FIN | TCP_RST))
+		flow_announce_end(skb, pkt, flow, leg);
+	flow_account(pkt, flow, skb->gso_segs ?: 1, bpf_ktime_get_coarse_ns());
+	if (flow_rewrite(skb, pkt, b, daddr))
+		return drop(REASON_WRITE_ERROR);
+	/* The tag was the last link's; a VLAN device puts on its own. */
+	if ((pkt->tagged || skb->vlan_present) && bpf_skb_vlan_pop(skb))
+		return drop(REASON_WRITE_ERROR);
+	return verdict(nexthop_send(skb, hop, pkt->family, daddr), REASON_FORWARDED);
+}
+
+#endif

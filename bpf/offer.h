@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/* What happens to a packet of no bound flow. */
+#ifndef SNILB_OFFER_H
+#define SNILB_OFFER_H
+
+/* Reads the packet, pulling its headers into the linear part when a driver left
+ * them in fragments.
+ */
+static __always_inline enum reason packet_read(struct __sk_buff *skb, struct packet *pkt)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	__u32 most = sizeof(struct ethhdr) + VLAN_HEADER + sizeof(struct ipv6hdr) + TCP_HEADER_MAX;
+
+	if (data + most > data_end && skb->len > data_end - data) {
+		/* Headers only: the rest stays where it is. */
+		if (bpf_skb_pull_data(skb, skb->len < most ? skb->len : most))
+			return REASON_MALFORMED;
+		data = (void *)(long)skb->data;
+		data_end = (void *)(long)skb->data_end;
+	}
+	return packet_parse(data, data_end, skb->len, pkt);
+}
+
+static __always_inline bool listener_has_port(__be16 port)
+{
+	__u32 word = bpf_ntohs(port) >> 6;
+	__u64 *bits = bpf_map_lookup_elem(&listener_ports, &word);
+
+	return bits && *bits >> (bpf_ntohs(port) & 63) & 1;
+}
+
+static __always_inline struct listener *listener_find(const struct packet *pkt)
+{
+	struct listener_key key = { .port = pkt->dport };
+
+	address_copy(key.addr, pkt->daddr);
+	return bpf_map_lookup_elem(&listeners, &key);
+}
+
+static __always_inline bool path_is_ours(const struct packet *pkt)
+{
+	struct path_key key = { .port = pkt->sport };
+
+	address_copy(key.backend, pkt->saddr);
+	address_copy(key.source, pkt->daddr);
+	return bpf_map_lookup_elem(&paths, &key) != NULL;
+}
+
+/* Whether an established (or closing) socket of this node owns the packet's
+ * connection. A listening one does not: its place is what we take.
+ */
+static __noinline int socket_owns(struct __sk_buff *skb, struct packet *pkt)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sk;
+	__u32 size;
+	int owned;
+
+	if (!pkt)
+		return 0;
+	if (pkt->family == AF_INET) {
+		tuple.ipv4.saddr = pkt->saddr[3];
+		tuple.ipv4.daddr = pkt->daddr[3];
+		tuple.ipv4.sport = pkt->sport;
+		tuple.ipv4.dport = pkt->dport;
+		size = sizeof(tuple.ipv4);
+		sk = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	} else {
+		address_copy(tuple.ipv6.saddr, pkt->saddr);
+		address_copy(tuple.ipv6.daddr, pkt->daddr);
+		tuple.ipv6.sport = pkt->sport;
+		tuple.ipv6.dport = pkt->dport;
+		size = sizeof(tuple.ipv6);
+		sk = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return 0;
+	owned = sk->state != BPF_TCP_LISTEN;
+	bpf_sk_release(sk);
+	return owned;
+}
+
+static __always_inline bool daemon_is_dead(const struct live *ctl, __u64 now)
+{
+	return ctl->beat + dead_after < now;
+}
+
+static __always_inline int offer_syn(struct __sk_buff *skb, struct packet *pkt,
+				     const struct live *ctl, bool closing)
+{
+	if (daemon_is_dead(ctl, bpf_ktime_get_coarse_ns()))
+		return pass(REASON_DAEMON_DEAD);
+	/* The first worker's ring stands for all: its hellos are a fair sample. */
+	if (ring_is_busy(bpf_get_smp_processor_id() % workers))
+		return pass(REASON_RING_BUSY);
+	if (closing)
+		flow_forget(pkt, LEG_CLIENT);
+	if (pkt->payload > SYN_PAYLOAD_MAX)
+		return drop(REASON_JUNK);
+	if (synack_make(skb, pkt))
+		return drop(REASON_WRITE_ERROR);
+	return verdict(bpf_redirect(skb->ifindex, 0), REASON_SYN_ANSWERED);
+}
+
+static __always_inline bool unknown_is_allowed(__u64 now)
+{
+	__u32 zero = 0;
+	struct allowance *a = bpf_map_lookup_elem(&unknown_allowance, &zero);
+
+	if (!a)
+		return false;
+	if (a->second != now / 1000000000) {
+		a->second = now / 1000000000;
+		a->used = 0;
+	}
+	return a->used++ < UNKNOWN_RESETS_PER_SECOND;
+}
+
+/* A packet of a connection that neither we nor a socket of this node know. */
+static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *pkt,
+					 const struct listener *listener)
+{
+	struct event_what what = { .kind = EVENT_UNKNOWN, .listener = listener->id };
+
+	if (listener->unknown_flow == UNKNOWN_FLOW_PASS)
+		return pass(REASON_UNKNOWN_PASS);
+	/* A RST is never answered with one (RFC 9293 3.10.7.1). */
+	if (listener->unknown_flow == UNKNOWN_FLOW_DROP || pkt->flags & TCP_RST)
+		return drop(REASON_UNKNOWN_DROP);
+	if (!unknown_is_allowed(bpf_ktime_get_coarse_ns()))
+		return drop(REASON_UNKNOWN_LIMITED);
+	if (!event_send(skb, pkt, what, bpf_get_smp_processor_id() % workers, EVENT_HEADERS_ONLY))
+		return drop(REASON_EVENT_LOST);
+	return drop(REASON_UNKNOWN_RESET);
+}
+
+/* A packet to one of our ports that belongs to no bound flow. closing: it had one,
+ * which is over.
+ */
+static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool closing)
+{
+	__u32 zero = 0, cookie = pkt->ack - 1;
+	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
+	struct listener *listener = listener_find(pkt);
+	struct event_what what = { .kind = EVENT_HELLO };
+
+	if (!listener || !ctl)
+		return pass(REASON_NOT_OURS);
+	if ((pkt->flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
+		return offer_syn(skb, pkt, ctl, closing);
+	/* Before the cookie: one packet in six million of somebody else's
+	 * connection looks like a valid one.
+	 */
+	if (socket_owns(skb, pkt))
+		return pass(REASON_SOCKET);
+	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
+	    !cookie_valid(ctl, pkt, cookie, bpf_ktime_get_coarse_ns() + ctl->wall_offset))
+		return offer_unknown(skb, pkt, listener);
+	if (!pkt->payload && !(pkt->flags & (TCP_FIN | TCP_RST)))
+		return drop(REASON_HANDSHAKE_ACK);
+	what.listener = listener->id;
+	if (!event_send(skb, pkt, what, cookie_worker(cookie), EVENT_DATA))
+		return drop(REASON_EVENT_LOST);
+	return drop(REASON_HELLO);
+}
+
+/* A packet from a backend to one of our source ports: a handshake of the engine's,
+ * or the rest of a flow that is gone. The stack must not see it: it would reset.
+ */
+static __always_inline int backend_event(struct __sk_buff *skb, struct packet *pkt)
+{
+	struct event_what what = { .kind = EVENT_BACKEND, .leg = LEG_BACKEND };
+
+	if (!event_send(skb, pkt, what, port_worker(pkt->dport), EVENT_DATA))
+		return drop(REASON_EVENT_LOST);
+	return drop(REASON_BACKEND);
+}
+
+static __always_inline int tap_output(struct __sk_buff *skb, struct packet *pkt, __u32 index)
+{
+	struct nexthop *hop = bpf_map_lookup_elem(&nexthops, &index);
+
+	if (!hop || !hop->ifindex)
+		return drop(REASON_NO_NEXTHOP);
+	return verdict(nexthop_send(skb, hop, pkt->family, pkt->daddr), REASON_ENGINE_OUTPUT);
+}
+
+#endif

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/* A SYN answered by itself: its option layout is kept and its values overwritten.
+ * What we do not speak becomes NOP: reflecting an unknown option would negotiate
+ * it (MPTCP, SMC, TFO). Nothing is stored.
+ */
+#ifndef SNILB_SYNACK_H
+#define SNILB_SYNACK_H
+
+#define SYNACK_WINDOW 64240
+#define SYNACK_TTL 64
+#define SYN_PAYLOAD_MAX 1500
+#define SYN_PAYLOAD_ROOM 2048
+#define CSUM_CHUNK 512 /* bytes bpf_csum_diff takes on every kernel */
+
+/* The SYN's TCP header as it becomes the SYN-ACK's. */
+struct synack {
+	__u8 header[64]; /* 60 at the most; 64 let an index be masked */
+	__u32 len, at; /* of the header; of the option under the loop */
+	__u32 now_ms; /* our TSval */
+	__u16 mss; /* announced */
+	__u16 client_mss;
+	__u8 client_wscale;
+	__u8 seen; /* options that count once */
+	__u8 sack;
+	__u8 pad;
+};
+
+enum synack_seen {
+	SEEN_MSS = 1,
+	SEEN_WSCALE = 2,
+	SEEN_SACK = 4,
+	SEEN_TIMESTAMP = 8,
+};
+
+static __always_inline void synack_blank(struct synack *s, __u32 at, __u32 size)
+{
+	for (__u32 i = 0; i < TCPOPT_MAX; i++) {
+		if (i >= size)
+			break;
+		s->header[(at + i) & 63] = TCPOPT_NOP;
+	}
+}
+
+/* Whether this option, seen for the first time and of its right size, was one we
+ * speak; its values are then ours.
+ */
+static __always_inline bool synack_option(struct synack *s, __u32 at, __u8 kind, __u8 size)
+{
+	__u8 bit = kind == TCPOPT_MSS && size == 4		? SEEN_MSS :
+		   kind == TCPOPT_WSCALE && size == 3		? SEEN_WSCALE :
+		   kind == TCPOPT_SACK_PERMITTED && size == 2	? SEEN_SACK :
+		   kind == TCPOPT_TIMESTAMP && size == 10	? SEEN_TIMESTAMP :
+								  0;
+
+	if (!bit || s->seen & bit)
+		return false;
+	s->seen |= bit;
+	switch (bit) {
+	case SEEN_MSS:
+		s->client_mss = s->header[(at + 2) & 63] << 8 | s->header[(at + 3) & 63];
+		s->header[(at + 2) & 63] = s->mss >> 8;
+		s->header[(at + 3) & 63] = s->mss;
+		break;
+	case SEEN_WSCALE:
+		s->client_wscale = s->header[(at + 2) & 63];
+		if (s->client_wscale > 14) /* RFC 7323 2.3 */
+			s->client_wscale = 14;
+		s->header[(at + 2) & 63] = ANNOUNCED_WSCALE;
+		break;
+	case SEEN_SACK:
+		s->sack = 1;
+		break;
+	case SEEN_TIMESTAMP:
+		for (__u32 i = 2; i < 6; i++) {
+			s->header[(at + i + 4) & 63] = s->header[(at + i) & 63];
+			s->header[(at + i) & 63] = s->now_ms >> (40 - 8 * i);
+		}
+		break;
+	}
+	return true;
+}
+
+static long synack_step(__u32 i, struct synack *s)
+{
+	__u32 at = s->at;
+	__u8 kind, size;
+
+	if (at >= s->len || at >= TCP_HEADER_MAX)
+		return 1;
+	kind = s->header[at & 63];
+	if (kind == TCPOPT_NOP) {
+		s->at = at + 1;
+		return 0;
+	}
+	size = s->header[(at + 1) & 63];
+	if (kind == TCPOPT_EOL || size < 2 || at + size > s->len) {
+		synack_blank(s, at, s->len - at);
+		return 1;
+	}
+	s->at = at + size;
+	if (!synack_option(s, at, kind, size))
+		synack_blank(s, at, size);
+	return 0;
+}
+
+/* Sums the payload of a SYN (TFO), which the SYN-ACK does not carry. */
+static __noinline __s64 synack_payload_sum(struct __sk_buff *skb, __u32 at, __u32 len)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	__u32 sum = 0;
+
+	if (!s || len < 1 || len > SYN_PAYLOAD_MAX)
+		return -1;
+	if (bpf_skb_load_bytes(skb, at, s->data, len))
+		return -1;
+	/* bpf_csum_diff takes whole words: what is left of the last one is zero. */
+	for (__u32 i = 0; i < 3; i++)
+		s->data[(len + i) & (2 * SYN_PAYLOAD_ROOM - 1)] = 0;
+	for (__u32 done = 0; done < SYN_PAYLOAD_ROOM; done += CSUM_CHUNK) {
+		__u32 rest = len + 3 > done ? (len + 3 - done) & ~3u : 0;
+		__s64 n;
+
+		if (!rest)
+			break;
+		if (rest > CSUM_CHUNK)
+			rest = CSUM_CHUNK;
+		n = bpf_csum_diff(NULL, 0, (void *)(s->data + done), rest, sum);
+		if (n < 0)
+			return -1;
+		sum = n;
+	}
+	return sum;
+}
+
+static __always_inline void synack_numbers(struct synack *s, const struct packet *pkt, __u32 cookie)
+{
+	__be32 *word = (__be32 *)s->header;
+
+	word[0] = pkt->dport | (__u32)pkt->sport << 16;
+	word[1] = bpf_htonl(cookie);
+	word[2] = bpf_htonl(pkt->seq + 1);
+	/* Data offset, reserved bits, flags and window anew: a mirrored AE, CWR or
+	 * ECE would negotiate ECN that no one speaks.
+	 */
+	word[3] = bpf_htonl((s->len / 4) << 28 | (TCP_SYN | TCP_ACK) << 16 | SYNACK_WINDOW);
+	word[4] &= bpf_htonl(0xffff0000); /* checksum as it is, urgent pointer 0 */
+}
+
+static __always_inline void synack_ip4(struct iphdr *ip, __u16 length)
+{
+	__u64 sum = 0;
+	__be32 saddr = ip->saddr;
+	__be16 ttl_proto = bpf_htons(SYNACK_TTL << 8 | IPPROTO_TCP);
+	__be16 *word = (__be16 *)ip;
+
+	csum_change16(&sum, word[0], word[0] & bpf_htons(0xfffc)); /* no ECN */
+	word[0] &= bpf_htons(0xfffc);
+	csum_change16(&sum, ip->tot_len, bpf_htons(length));
+	ip->tot_len = bpf_htons(length);
+	csum_change16(&sum, word[4], ttl_proto);
+	word[4] = ttl_proto;
+	ip->check = csum_apply(ip->check, sum);
+	ip->saddr = ip->daddr;
+	ip->daddr = saddr;
+}
+
+static __always_inline void synack_ip6(struct ipv6hdr *ip, __u16 payload)
+{
+	struct in6_addr saddr = ip->saddr;
+
+	*(__be32 *)ip &= bpf_htonl(0xffcfffff); /* no ECN */
+	ip->payload_len = bpf_htons(payload);
+	ip->hop_limit = SYNACK_TTL;
+	ip->saddr = ip->daddr;
+	ip->daddr = saddr;
+}
+
+static __always_inline int synack_lower_layers(struct __sk_buff *skb, const struct packet *pkt)
+{
+	struct headers h;
+	__u8 mac[6];
+
+	if (!packet_headers((void *)(long)skb->data, (void *)(long)skb->data_end, pkt, &h))
+		return -1;
+	if (pkt->family == AF_INET)
+		synack_ip4(h.ip4, sizeof(*h.ip4) + pkt->header);
+	else
+		synack_ip6(h.ip6, pkt->header);
+	__builtin_memcpy(mac, h.eth->h_source, 6);
+	__builtin_memcpy(h.eth->h_source, h.eth->h_dest, 6);
+	__builtin_memcpy(h.eth->h_dest, mac, 6);
+	return 0;
+}
+
+/* Cuts a SYN's payload off, in length and checksum. */
+static __always_inline int synack_trim(struct __sk_buff *skb, const struct packet *pkt, __u64 *tcp,
+				       __u64 *pseudo)
+{
+	__u16 with = pkt->header + pkt->payload;
+	__s64 sum = synack_payload_sum(skb, pkt->l4 + pkt->header, pkt->payload);
+
+	if (sum < 0 || bpf_skb_change_tail(skb, pkt->l4 + pkt->header, 0))
+		return -1;
+	*tcp += (__u32)~sum;
+	csum_change16(pseudo, bpf_htons(with), bpf_htons(pkt->header));
+	return 0;
+}
+
+/* Turns the SYN into the SYN-ACK. Returns -1 when a helper refused. */
+static __noinline int synack_make(struct __sk_buff *skb, struct packet *pkt)
+{
+	__u32 zero = 0;
+	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
+	__u64 now = bpf_ktime_get_coarse_ns(), tcp = 0, pseudo = 0;
+	struct synack s = { .client_wscale = COOKIE_NO_WSCALE, .at = sizeof(struct tcphdr) };
+	struct cookie_options opt;
+	__u32 old, len;
+
+	if (!ctl || !pkt)
+		return -1;
+	len = pkt->header;
+	if (len < sizeof(struct tcphdr) || len > TCP_HEADER_MAX)
+		return -1;
+	if (bpf_skb_load_bytes(skb, pkt->l4, s.header, len))
+		return -1;
+	old = bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, 0);
+	s.len = len;
+	s.now_ms = (now / 1000000) | 1;
+	s.mss = pkt->family == AF_INET ? ctl->mss4 : ctl->mss6;
+	bpf_loop(TCPOPT_MAX + 1, synack_step, &s, 0);
+
+	opt.mss_class = mss_class(pkt->family, s.client_mss);
+	opt.wscale = s.client_wscale;
+	opt.sack = s.sack;
+	synack_numbers(&s, pkt, cookie_make(ctl, pkt, &opt, now + ctl->wall_offset));
+	tcp = (__u32)bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, ~old);
+
+	/* ---- from here on the packet is changed ---- */
+	if (pkt->payload && synack_trim(skb, pkt, &tcp, &pseudo))
+		return -1;
+	if (bpf_skb_store_bytes(skb, pkt->l4, s.header, len, 0))
+		return -1;
+	if (synack_lower_layers(skb, pkt))
+		return -1;
+	if (pkt->payload && bpf_l4_csum_replace(skb, pkt->l4 + TCP_CHECK_OFFSET, 0,
+						csum_fold64(pseudo), F_PSEUDO_HDR))
+		return -1;
+	return bpf_l4_csum_replace(skb, pkt->l4 + TCP_CHECK_OFFSET, 0, csum_fold64(tcp), 0);
+}
+
+#endif

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package maps is the contract between the kernel programs and Go: the compiled
+// object, the types both sides share, and typed access to the maps.
+//
+// The table of the maps. All but scratch and unknown_allowance are pinned by the
+// loader below /sys/fs/bpf/snilb/NAME/.
+//
+//	map             key -> value                 written by            read by           full means
+//	flows4, flows6  tuple and leg -> rewrite     engine: insert and    client, backend   a new connection is
+//	                of one direction             delete; kernel: its   and tap programs; reset and counted; bound
+//	                                             counters and state,   engine            flows go on
+//	                                             and delete when a SYN
+//	                                             meets a closed flow
+//	listeners       address and port -> id       daemon                client program    refused at attach
+//	listener_ports  port/64 -> 64 bits           daemon                client program    cannot
+//	paths           source, backend -> id        daemon                backend program   refused at attach
+//	nexthops        index -> interface, gateway  daemon                client, backend,  new flows are refused
+//	                                                                   tap programs
+//	control         0 -> heartbeat, clock, keys  daemon, once a second client program    cannot
+//	rings           worker -> ring buffer        kernel programs       engine, one       the packet is lost and
+//	                                                                   reader a ring     counted; TCP repeats it
+//	counters        slot -> packets by reason,   kernel programs       daemon            interfaces share the last
+//	                per CPU                                                              slot
+//	scratch, unknown_allowance: one CPU's working memory of the programs
+//
+// A flow entry is self-contained: it outlives its backend in the configuration,
+// the daemon, and a change of programs.
+package maps

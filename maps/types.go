@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package maps
+
+import "github.com/cilium/ebpf"
+
+// The generated types under the names the rest of the program uses. Addresses
+// and ports in them are in network byte order as they lie in memory, all other
+// numbers in the host's.
+type (
+	Flow        = bpfFlow
+	Flow4       = bpfFlow4
+	Flow4Key    = bpfFlow4Key
+	Flow6       = bpfFlow6
+	Flow6Key    = bpfFlow6Key
+	Listener    = bpfListener
+	ListenerKey = bpfListenerKey
+	Path        = bpfPath
+	PathKey     = bpfPathKey
+	Nexthop     = bpfNexthop
+	Live        = bpfLive
+	CookieKey   = bpfCookieKey
+	EventHeader = bpfEventHeader
+	CounterSet  = bpfCounterSet
+	Leg         = bpfLeg
+	EventKind   = bpfEventKind
+)
+
+// The constants of bpf/abi.h.
+const (
+	LegClient  = bpfLegLEG_CLIENT
+	LegBackend = bpfLegLEG_BACKEND
+
+	EventHello   = bpfEventKindEVENT_HELLO
+	EventBackend = bpfEventKindEVENT_BACKEND
+	EventClosing = bpfEventKindEVENT_CLOSING
+	EventUnknown = bpfEventKindEVENT_UNKNOWN
+
+	FlowFIN       = uint32(bpfFlowStateFLOW_FIN)
+	FlowRST       = uint32(bpfFlowStateFLOW_RST)
+	FlowConfirmed = uint32(bpfFlowStateFLOW_CONFIRMED)
+
+	TapOutput        = uint8(bpfTapRequestTAP_OUTPUT)
+	TapReplayClient  = uint8(bpfTapRequestTAP_REPLAY_CLIENT)
+	TapReplayBackend = uint8(bpfTapRequestTAP_REPLAY_BACKEND)
+
+	UnknownFlowReset = uint8(bpfUnknownFlowUNKNOWN_FLOW_RESET)
+	UnknownFlowPass  = uint8(bpfUnknownFlowUNKNOWN_FLOW_PASS)
+	UnknownFlowDrop  = uint8(bpfUnknownFlowUNKNOWN_FLOW_DROP)
+)
+
+// What the preprocessor keeps from the generator; a test compares each with the
+// header.
+const (
+	// LayoutVersion is raised when a pinned map could be misread.
+	LayoutVersion = 1
+	// MaxWorkers bounds the rings.
+	MaxWorkers = 64
+	// MaxCounterSlots bounds the interfaces that count apart.
+	MaxCounterSlots = 64
+	// MaxNexthops bounds the next hops in use at once; index 0 stays unset.
+	MaxNexthops = 65536
+	// EventData is the most bytes of a packet that an event holds.
+	EventData = 17408
+	// AnnouncedWindowScale is in every SYN-ACK that has the option.
+	AnnouncedWindowScale = 7
+	// CookieNoWindowScale stands for "no such option" in a cookie.
+	CookieNoWindowScale = 15
+	// CookieSlotNanoseconds is how long one cookie key is in use.
+	CookieSlotNanoseconds = 16_000_000_000
+)
+
+// MSSClasses4 and MSSClasses6 are the MSS values a cookie can hold, in bytes.
+var (
+	MSSClasses4 = [8]uint16{536, 1220, 1360, 1400, 1440, 1452, 1460, 8960}
+	MSSClasses6 = [8]uint16{1220, 1280, 1360, 1380, 1420, 1432, 1440, 8940}
+)
+
+// Names of the programs and constants in the object.
+const (
+	ProgramClient  = bpfProgSnilbClient
+	ProgramBackend = bpfProgSnilbBackend
+	ProgramTap     = bpfProgSnilbTap
+
+	VarCounterSlot     = bpfVarCounterSlot     // uint32
+	VarWorkers         = bpfVarWorkers         // uint32
+	VarSourcePortFirst = bpfVarSourcePortFirst // uint16
+	VarSourcePortLast  = bpfVarSourcePortLast  // uint16
+	VarDeadAfter       = bpfVarDeadAfter       // uint64, ns
+	VarRingBusy        = bpfVarRingBusy        // uint64, bytes
+	VarHasCsumIPv6     = bpfVarHasCsumIpv6     // bool
+)
+
+// Spec returns the compiled object, to be changed and loaded by the loader. The
+// flow tables' and rings' sizes in it are defaults.
+func Spec() (*ebpf.CollectionSpec, error) {
+	return loadBpf()
+}
