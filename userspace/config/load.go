@@ -3,9 +3,14 @@
 package config
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"unicode/utf8"
+
+	"github.com/goccy/go-yaml/ast"
 )
 
 // MaxFileSize is the largest file that is read. A route takes about 60 bytes.
@@ -27,8 +32,8 @@ func Load(path string) (*Config, error) {
 	if info.IsDir() {
 		return nil, Problems{{
 			Position: Position{File: path},
-			What:     "a directory is not supported yet",
-			Remedy:   "name a file",
+			What:     "a directory of routes is not supported yet",
+			Remedy:   "name one file",
 		}}
 	}
 	// One byte more than allowed, so that Parse sees that it is too much.
@@ -42,5 +47,117 @@ func Load(path string) (*Config, error) {
 // Parse validates the content of a file; name is only for positions. It returns
 // Problems when anything is wrong.
 func Parse(name string, data []byte) (*Config, error) {
-	return nil, fmt.Errorf("parse %s: not built yet", name)
+	r := newReader(name)
+	root := r.document(data)
+	if root != nil {
+		r.file(root)
+	}
+	if len(r.problems) > 0 {
+		return nil, sorted(r.problems)
+	}
+	r.warnings = append(r.warnings, warnings(r.config)...)
+	r.config.Warnings = sorted(r.warnings)
+	return r.config, nil
+}
+
+// reader collects what it understands and what is wrong with it. It never stops
+// at the first problem, so every part must cope with what another refused.
+type reader struct {
+	name     string
+	config   *Config
+	problems Problems
+	warnings Problems
+
+	// Names may be used before they are defined, so uses are resolved last.
+	later []func()
+
+	pools     map[string]*Pool
+	listeners map[string]*Listener
+	// refused are the names of pools and listeners that were refused: using
+	// one is no second problem.
+	refusedPools     map[string]bool
+	refusedListeners map[string]bool
+	usedPools        map[*Pool]bool
+}
+
+func newReader(name string) *reader {
+	return &reader{
+		name:             name,
+		config:           &Config{File: name},
+		pools:            map[string]*Pool{},
+		listeners:        map[string]*Listener{},
+		refusedPools:     map[string]bool{},
+		refusedListeners: map[string]bool{},
+		usedPools:        map[*Pool]bool{},
+	}
+}
+
+// document returns the root of the one YAML document in data, or nil when that
+// is impossible, which is then a problem already.
+func (r *reader) document(data []byte) ast.Node {
+	whole := Position{File: r.name}
+	data = bytes.TrimPrefix(data, []byte("\ufeff"))
+	switch {
+	case len(data) > MaxFileSize:
+		r.refuse(whole, "the file is larger than 16 MiB", "split the sites over several nodes, or use wildcards")
+		return nil
+	case !utf8.Valid(data) || bytes.IndexByte(data, 0) >= 0:
+		r.refuse(r.firstBadByte(data), "the file is not UTF-8 text", "save it as UTF-8")
+		return nil
+	}
+	file := r.syntax(data)
+	if file == nil {
+		return nil
+	}
+	var bodies []ast.Node
+	for _, doc := range file.Docs {
+		if doc.Body != nil && doc.Body.Type() != ast.CommentType {
+			bodies = append(bodies, doc.Body)
+		}
+	}
+	switch {
+	case len(bodies) == 0:
+		r.refuse(whole, "the file is empty", "begin with \"version: 1\"")
+		return nil
+	case len(bodies) > 1:
+		r.refuse(r.at(bodies[1]), "a second YAML document begins here", "keep everything in one document")
+		return nil
+	}
+	return bodies[0]
+}
+
+func (r *reader) firstBadByte(data []byte) Position {
+	line, column := 1, 1
+	for len(data) > 0 {
+		c, size := utf8.DecodeRune(data)
+		if c == 0 || c == utf8.RuneError && size == 1 {
+			break
+		}
+		column++
+		if c == '\n' {
+			line, column = line+1, 1
+		}
+		data = data[size:]
+	}
+	return Position{File: r.name, Line: line, Column: column}
+}
+
+func (r *reader) refuse(pos Position, what, remedy string) {
+	r.problems = append(r.problems, Problem{Position: pos, What: what, Remedy: remedy})
+}
+
+func (r *reader) warn(pos Position, what, remedy string) {
+	r.warnings = append(r.warnings, Problem{Position: pos, What: what, Remedy: remedy})
+}
+
+// sorted puts problems in file order: they were found in the order of our
+// reading, and people mend files from top to bottom.
+func sorted(problems Problems) Problems {
+	slices.SortStableFunc(problems, func(a, b Problem) int {
+		if a.Line != b.Line {
+			return a.Line - b.Line
+		}
+		return a.Column - b.Column
+	})
+	return problems
 }
