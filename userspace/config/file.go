@@ -74,6 +74,10 @@ func (r *reader) version(node ast.Node) {
 // actionInto returns a reader for one of: reset, alert, drop, pool:NAME.
 func (r *reader) actionInto(into *Action, what string, alert Feature) func(ast.Node) {
 	return func(node ast.Node) {
+		if _, mapping := node.(*ast.MappingNode); mapping {
+			r.refuse(r.at(node), what+" is a mapping", "write it as one word: \"pool:NAME\"")
+			return
+		}
 		s, ok := r.scalar(node, what)
 		if !ok {
 			return

@@ -108,10 +108,16 @@ func (r *reader) listenAddress(s scalar) (netip.AddrPort, bool) {
 
 // hostPort splits an address with a port. An example shows the wanted form.
 func (r *reader) hostPort(s scalar, what, example string) (host string, port uint16, ok bool) {
-	if addr, err := netip.ParseAddr(strings.Trim(s.text, "[]")); err == nil {
+	bare := s.text
+	if strings.HasPrefix(bare, "[") && strings.HasSuffix(bare, "]") {
+		bare = bare[1 : len(bare)-1]
+	}
+	if addr, err := netip.ParseAddr(bare); err == nil {
 		remedy := fmt.Sprintf("write \"%s:443\"", addr)
 		if addr.Is6() {
-			remedy = fmt.Sprintf("write \"[%s]:443\"", addr)
+			// 2001:db8::1:443 is a whole address too, so the example is not made
+			// from what stands there.
+			remedy = "write IPv6 in brackets, then the port: \"[2001:db8::1]:443\""
 		}
 		r.refuse(s.pos, fmt.Sprintf("%s %q has no port", what, s.text), remedy)
 		return "", 0, false

@@ -77,7 +77,6 @@ type reader struct {
 	// one is no second problem.
 	refusedPools     map[string]bool
 	refusedListeners map[string]bool
-	usedPools        map[*Pool]bool
 }
 
 func newReader(name string) *reader {
@@ -88,7 +87,6 @@ func newReader(name string) *reader {
 		listeners:        map[string]*Listener{},
 		refusedPools:     map[string]bool{},
 		refusedListeners: map[string]bool{},
-		usedPools:        map[*Pool]bool{},
 	}
 }
 
@@ -118,6 +116,9 @@ func (r *reader) document(data []byte) ast.Node {
 	switch {
 	case len(bodies) == 0:
 		r.refuse(whole, "the file is empty", "begin with \"version: 1\"")
+		return nil
+	case bodies[0].Type() != ast.MappingType && bodies[0].Type() != ast.MappingValueType && !isAlias(bodies[0]):
+		r.refuse(r.at(bodies[0]), "the file must be a mapping, this is "+kindOf(bodies[0]), "begin with \"version: 1\"")
 		return nil
 	case len(bodies) > 1:
 		r.refuse(r.at(bodies[1]), "a second YAML document begins here", "keep everything in one document")

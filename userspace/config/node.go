@@ -106,6 +106,9 @@ func (r *reader) entries(node ast.Node, what string) ([]entry, bool) {
 	case *ast.MappingValueNode:
 		values = []*ast.MappingValueNode{n}
 	default:
+		if isAlias(node) {
+			return nil, false // Refused where the tokens were looked at.
+		}
 		r.refuse(r.at(node), fmt.Sprintf("%s must be a mapping, this is %s", what, kindOf(node)), "write it as {key: value}")
 		return nil, false
 	}
@@ -170,7 +173,11 @@ func (r *reader) scalar(node ast.Node, what string) (scalar, bool) {
 		if isAlias(node) {
 			return scalar{}, false // Refused where the tokens were looked at.
 		}
-		r.refuse(r.at(node), fmt.Sprintf("%s must be a single value, this is %s", what, kindOf(node)), "")
+		remedy := "write one value"
+		if _, mapping := node.(*ast.MappingNode); mapping {
+			remedy = "quote a value that has a colon in it"
+		}
+		r.refuse(r.at(node), fmt.Sprintf("%s must be a single value, this is %s", what, kindOf(node)), remedy)
 		return scalar{}, false
 	}
 	return scalar{pos: r.at(node), text: text}, true

@@ -236,19 +236,27 @@ func (r *reader) usePool(pos Position, name string) *Pool {
 		if r.refusedPools[name] {
 			return nil
 		}
-		names := make([]string, len(r.config.Pools))
-		for i, p := range r.config.Pools {
-			names[i] = p.Name
-		}
 		remedy := "add it under pools"
-		if near := nearest(name, names); near != "" {
+		if near := nearest(name, r.poolNames()); near != "" {
 			remedy = fmt.Sprintf("did you mean %q?", near)
 		}
 		r.refuse(pos, fmt.Sprintf("pool %q does not exist", name), remedy)
 		return nil
 	}
-	r.usedPools[pool] = true
 	return pool
+}
+
+// poolNames returns the names to suggest from. After so many problems nobody
+// reads suggestions, and comparing every name with every other takes minutes.
+func (r *reader) poolNames() []string {
+	if len(r.problems) > 100 {
+		return nil
+	}
+	names := make([]string, len(r.config.Pools))
+	for i, p := range r.config.Pools {
+		names[i] = p.Name
+	}
+	return names
 }
 
 // inherit ends the reading: following no_backend from pool to pool must end.

@@ -186,11 +186,12 @@ func (rr *routeReader) weightedPools(node ast.Node) {
 	for _, e := range entries {
 		if isNull(e.value) {
 			rr.refuse(e.pos, fmt.Sprintf("pool %q has no weight", e.key), "write pools: {blue: 90, green: 10}")
+			sum = max(sum, 1) // One problem for one mistake.
 			continue
 		}
 		weight, ok := rr.count(e.value, "weight of pool "+e.key, 0, MaxShare)
 		if !ok {
-			sum = max(sum, 1) // One problem for one mistake.
+			sum = max(sum, 1)
 		}
 		sum += weight
 		rr.pools = append(rr.pools, share{pool: scalar{pos: e.pos, text: e.key}, weight: weight})

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"slices"
+	"testing"
+)
+
+func TestWarnings(t *testing.T) {
+	const head = `version: 1
+listen: ":443"
+pools: {a: {backends: 192.0.2.1:443}, b: {backends: 192.0.2.2:443}}
+routes:
+`
+	tests := []struct {
+		name, routes string
+		want         []string
+	}{
+		{"none", `  - {sni: a.example.com, pool: a}
+  - {sni: b.example.com, pool: b}`, nil},
+		{"unused pool", `  - {sni: a.example.com, pool: a}`,
+			[]string{`f:3:39: pool b is not used; name it in a route, or remove it`}},
+		{"no pool in use", `  - {sni: a.example.com, action: drop}`,
+			[]string{`f: nothing leads to a backend: every hello is refused; add a pool and a route`,
+				`f:3:9: pool a is not used; name it in a route, or remove it`,
+				`f:3:39: pool b is not used; name it in a route, or remove it`}},
+		{"wildcard over an exact name", `  - {sni: "*.example.com", pool: a}
+  - {sni: b.example.com, pool: b}
+  - {sni: c.example.com, pool: b}`,
+			[]string{`f:5:5: "*.example.com" spans pools: "b.example.com" on line 6 goes to another one, and a browser may reuse one HTTP/2 connection for both names; let the backends answer 421 to names that are not theirs`}},
+		{"wildcard over a wildcard", `  - {sni: "*.x.example.com", pool: a}
+  - {sni: "**.example.com", pool: b}`,
+			[]string{`f:6:5: "**.example.com" spans pools: "*.x.example.com" on line 5 goes to another one, and a browser may reuse one HTTP/2 connection for both names; let the backends answer 421 to names that are not theirs`}},
+		{"wildcard and the name above it", `  - {sni: "*.example.com", pool: a}
+  - {sni: [example.com, a.b.example.com], pool: b}`, nil},
+		{"wildcard without HTTP/2", `  - {sni: "*.example.com", pool: a, alpn: http/1.1}
+  - {sni: b.example.com, pool: b}`, nil},
+		{"wildcard to the same pools", `  - {sni: "*.example.com", pools: {a: 1, b: 1}}
+  - {sni: b.example.com, pools: {b: 2, a: 1}}`, nil},
+		{"any name", `  - {sni: "**", pool: a}
+  - {sni: b.example.com, pool: b}`, nil},
+		{"never reached", `  - {sni: a.example.com, pool: a}
+  - {sni: a.example.com, pool: b, alpn: h2}`,
+			[]string{`f:6:11: pattern "a.example.com" is never reached: line 5 takes it without conditions; move this route above that one`}},
+		{"conditions first", `  - {sni: a.example.com, pool: b, alpn: h2}
+  - {sni: a.example.com, pool: a}`, nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c, err := Parse("f", []byte(head+tt.routes+"\n"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, w := range c.Warnings {
+				got = append(got, w.String())
+			}
+			diff(t, "warnings", got, tt.want)
+		})
+	}
+}
+
+func TestWarnTimeouts(t *testing.T) {
+	c := mustParse(t, "version: 1\nlisten: \":443\"\nno_match: pool:a\npools:\n  a: {timeouts: {attempt: 6s}, backends: 192.0.2.1:443}\n")
+	want := "routes.yaml:5:3: pool a waits 6s for one backend and 5s for all: a second is never tried; make timeout attempt shorter than connect"
+	if len(c.Warnings) != 1 || c.Warnings[0].String() != want {
+		t.Errorf("warnings: %v", c.Warnings)
+	}
+}
+
+// TestSwitch shows that one line of notBuilt is all that keeps an alert out.
+func TestSwitch(t *testing.T) {
+	const text = "version: 1\nlisten: \":443\"\nno_match: pool:a\nnot_tls: alert\npools: {a: {backends: 192.0.2.1:443}}\n"
+	if _, err := Parse("f", []byte(text)); err == nil {
+		t.Fatal("not_tls: alert is accepted")
+	}
+	if !slices.Contains(NotBuilt(), FeatureNotTLSAlert) {
+		t.Error("NotBuilt does not list it")
+	}
+	remedy := notBuilt[FeatureNotTLSAlert]
+	delete(notBuilt, FeatureNotTLSAlert)
+	t.Cleanup(func() { notBuilt[FeatureNotTLSAlert] = remedy })
+	if c := mustParse(t, text); c.NotTLS.Kind != Alert {
+		t.Errorf("not_tls is %s", c.NotTLS)
+	}
+}
+
+func TestCanonicalName(t *testing.T) {
+	tests := []struct{ in, want, err string }{
+		{"WWW.Example.COM.", "www.example.com", ""},
+		{"_dmarc.example.com", "_dmarc.example.com", ""},
+		{"bücher.example", "xn--bcher-kva.example", ""},
+		{"BÜCHER.example", "xn--bcher-kva.example", ""},
+		{"faß.example", "xn--fa-hia.example", ""},
+		{"例え。テスト", "xn--r8jz45g.xn--zckzah", ""},
+		{"", "", "is empty"},
+		{"example.com..", "", "has an empty label"},
+		{"192.0.2.1", "", "is an IP address, which clients never send as a name"},
+		{"[2001:db8::1]", "", "is an IP address, which clients never send as a name"},
+		{"a\x00b", "", "has a character that no host name holds"},
+	}
+	for _, tt := range tests {
+		got, err := CanonicalName(tt.in)
+		text := ""
+		if err != nil {
+			text = err.Error()
+		}
+		if got != tt.want || text != tt.err {
+			t.Errorf("%q: %q, %q; want %q, %q", tt.in, got, text, tt.want, tt.err)
+		}
+	}
+}
