@@ -66,7 +66,7 @@ func build(dir string) (string, error) {
 		return filepath.Abs(path)
 	}
 	path := filepath.Join(dir, "snilb")
-	out, err := exec.Command("go", "build", "-o", path, "snilb/cmd/snilb").CombinedOutput()
+	out, err := exec.Command("go", "build", "-buildvcs=false", "-o", path, "snilb/cmd/snilb").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# sudo's PATH often lacks the directory of Go, and the tools below call go themselves.
+GO          := $(or $(shell command -v go),/usr/local/go/bin/go)
+export PATH := $(patsubst %/,%,$(dir $(GO))):$(PATH)
+
+# One version, because the compiled object is committed and another clang writes another one.
+CLANG        ?= clang-19
+CLANG_FORMAT ?= clang-format-19
+
+# Where Debian keeps asm/types.h, which the kernel's headers include.
+MULTIARCH = $(shell gcc -print-multiarch 2>/dev/null)
+
+# Out of the tree, so that `make clean` and a fresh clone cost no new build of them.
+TOOLS            ?= $(HOME)/.cache/snilb-tools
+GOLANGCI_VERSION := v2.12.2
+GOLANGCI         := $(TOOLS)/golangci-lint-$(GOLANGCI_VERSION)
+
+# What the end-to-end tests attach as (tc, xdp, xdp-generic), one run each.
+MODES    ?= tc
+FUZZTIME ?= 30s
+
+BPF_SOURCES = $(wildcard bpf/*.c bpf/*.h)
+GO_FOLDERS  = $(wildcard cmd loader maps scripts userspace)
+GENERATED   = maps/snilb_bpfel.o maps/snilb_bpfel.go
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz demo clean
+
+help: ## show what there is
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## compile ./snilb
+	$(GO) build -trimpath -o snilb ./cmd/snilb
+
+test: test-tools lint generate-check unit e2e ## everything that must hold: sudo make test
+	@echo "make test: all passed"
+
+test-tools: ## install what the tests need (Debian packages, golangci-lint)
+	@scripts/install-test-tools.sh
+	@$(MAKE) --no-print-directory $(GOLANGCI)
+
+lint: $(GOLANGCI) ## gofmt, go vet, golangci-lint, clang-format
+	@unformatted=$$(gofmt -l $(GO_FOLDERS)); \
+	if [ -n "$$unformatted" ]; then echo "not formatted, run make fmt:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GOLANGCI) run ./...
+	$(if $(BPF_SOURCES),$(CLANG_FORMAT) --dry-run -Werror $(BPF_SOURCES))
+
+unit: bpffs ## unit tests, with the race detector
+	$(GO) test -race $$($(GO) list ./... | grep -v /scripts/e2e$$)
+
+# The whole output goes to a file that is shown when a test fails; the screen gets one line a test and every skip.
+e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	for mode in $(MODES); do \
+		echo "$(GO) test -count=1 -v ./scripts/e2e -mode $$mode"; \
+		$(GO) test -count=1 -v -timeout 12m ./scripts/e2e -mode $$mode 2>&1 | tee "$$log" | \
+			grep --line-buffered -E '^(--- |ok|PASS|FAIL|panic:| +--- (FAIL|SKIP))' || \
+			{ echo "--- the whole output, mode $$mode:"; cat "$$log"; exit 1; }; \
+	done
+
+bpffs:
+	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
+
+generate: ## compile bpf/ into maps/, with the pinned clang
+	BPF_CLANG=$(CLANG) BPF_CFLAGS="$(if $(MULTIARCH),-I/usr/include/$(MULTIARCH))" $(GO) generate ./maps
+	@chown --reference=go.mod $(GENERATED)
+
+# Compared with what was there and not with git, so that it also holds before a commit and in a tarball.
+generate-check: ## prove that the committed object is what bpf/ compiles to
+	@sums=$$(sha256sum $(GENERATED)); \
+	$(MAKE) --no-print-directory generate; \
+	sha256sum --quiet -c <<<"$$sums" || { echo "maps/ was not what bpf/ compiles to: commit what make generate wrote"; exit 1; }
+
+fmt: ## format Go and C in place
+	gofmt -w $(GO_FOLDERS)
+	$(if $(BPF_SOURCES),$(CLANG_FORMAT) -i $(BPF_SOURCES))
+
+fuzz: ## run every fuzz target for FUZZTIME
+	@grep -rHoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' userspace maps loader | while IFS=: read -r file func; do \
+		echo "$(GO) test ./$$(dirname "$$file") -fuzz $${func#func }"; \
+		$(GO) test "./$$(dirname "$$file")" -run '^$$' -fuzz "^$${func#func }\$$" -fuzztime $(FUZZTIME); \
+	done
+
+demo: build ## build and show a balancer at work, in network namespaces of its own (root)
+	./snilb demo
+
+clean: ## remove what the targets above made in the tree
+	rm -f snilb
+	$(GO) clean -testcache
+
+$(GOLANGCI):
+	@mkdir -p $(TOOLS)
+	GOBIN=$(TOOLS) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_VERSION)
+	@mv $(TOOLS)/golangci-lint $@
