@@ -14,6 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+
 	"snilb/scripts/testbed"
 )
 
@@ -152,6 +156,60 @@ func TestBedClose(t *testing.T) {
 			t.Errorf("%s is still there: %v", filepath.Base(path), err)
 		}
 	}
+}
+
+// TestBedXDP sends frames through an XDP_REDIRECT from one leg to the other: a veth loses them in silence when its far
+// end was not prepared.
+func TestBedXDP(t *testing.T) {
+	needRoot(t)
+	bed, err := testbed.New(testbed.Options{XDP: true})
+	need(t, "network namespaces", err)
+	t.Cleanup(func() { must(t, bed.Close()) })
+	in, err := bed.LB.Index("eth0")
+	must(t, err)
+	out, err := bed.LB.Index("eth1")
+	must(t, err)
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.XDP, License: "GPL", Instructions: asm.Instructions{
+		asm.Mov.Imm(asm.R1, int32(out)),
+		asm.Mov.Imm(asm.R2, 0),
+		asm.FnRedirect.Call(),
+		asm.Return(),
+	}})
+	need(t, "BPF programs", err)
+	defer func() { _ = prog.Close() }()
+	must(t, bed.LB.Do(func() error {
+		l, err := link.AttachXDP(link.XDPOptions{Program: prog, Interface: in, Flags: link.XDPDriverMode})
+		if err == nil {
+			t.Cleanup(func() { _ = l.Close() })
+		}
+		return err
+	}))
+	r, err := bed.Raw(vip(bed, false))
+	must(t, err)
+	defer func() { _ = r.Close() }()
+	const frames = 100
+	before := received(t, bed.Backend, "eth0")
+	for range frames {
+		must(t, r.Send(r.Bare(0)))
+	}
+	for range 100 {
+		if received(t, bed.Backend, "eth0")-before >= frames {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("of %d redirected frames %d arrived", frames, received(t, bed.Backend, "eth0")-before)
+}
+
+// received is how many packets a device has counted.
+func received(t *testing.T, ns *testbed.NS, dev string) uint64 {
+	t.Helper()
+	h, err := ns.Netlink()
+	must(t, err)
+	defer h.Close()
+	l, err := h.LinkByName(dev)
+	must(t, err)
+	return l.Attrs().Statistics.RxPackets
 }
 
 // TestBedCommand looks that commands see the real bpffs, and the network of their namespace.

@@ -282,7 +282,7 @@ func (c *counter) Write(p []byte) (int, error) {
 func wantBody(t *testing.T, got string, err error, backend, name string) {
 	t.Helper()
 	if err != nil {
-		t.Error(err)
+		t.Errorf("ask for %q: %v", name, err)
 		return
 	}
 	if want := fmt.Sprintf("%s %q ", backend, name); !strings.HasPrefix(got, want) {

@@ -287,7 +287,7 @@ func sweepPins() {
 			return nil
 		}
 		pid, err := strconv.Atoi(parts[1])
-		if err == nil && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+		if err == nil && !testbed.Alive(pid) {
 			_ = os.RemoveAll(path)
 			return fs.SkipDir
 		}

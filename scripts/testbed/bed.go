@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"sync/atomic"
+	"time"
 )
 
 // Topology says how the namespaces are joined; the package comment has the drawings.
@@ -91,10 +92,14 @@ func New(opts Options) (_ *Bed, err error) {
 		return nil, err
 	}
 	b.plan()
+	build := b.buildRouted
 	if b.opts.Topology == OneArmed {
-		return b, b.buildLAN()
+		build = b.buildLAN
 	}
-	return b, b.buildRouted()
+	if err := build(); err != nil {
+		return nil, err
+	}
+	return b, b.waitUp(5 * time.Second)
 }
 
 // Close removes everything New made, and kills the commands started in it that still run. It does not wait for them.
@@ -292,6 +297,31 @@ func (b *Bed) plug(ns *NS, port string, addrs []netip.Prefix) error {
 		return err
 	}
 	return b.tune(ns, "eth0", b.LAN, port)
+}
+
+// waitUp waits until the kernel has brought up every interface: until then, up to a second after the carrier is there, the
+// first packets are lost, and whoever sent a SYN waits another second for its repetition.
+func (b *Bed) waitUp(limit time.Duration) error {
+	for deadline := time.Now().Add(limit); ; time.Sleep(2 * time.Millisecond) {
+		waiting, err := b.notUp()
+		if err != nil || len(waiting) == 0 {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("interfaces not up after %s: %v", limit, waiting)
+		}
+	}
+}
+
+func (b *Bed) notUp() (waiting []string, err error) {
+	for _, ns := range b.all {
+		devs, err := ns.notUp()
+		if err != nil {
+			return nil, err
+		}
+		waiting = append(waiting, devs...)
+	}
+	return waiting, nil
 }
 
 // addVIPs puts the extra addresses on the loopback device.

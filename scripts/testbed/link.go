@@ -159,6 +159,26 @@ func (ns *NS) withLink(dev string, fn func(*netlink.Handle, netlink.Link) error)
 	return fn(h, link)
 }
 
+// notUp lists the devices whose operational state is not up yet; a loopback device never has one.
+func (ns *NS) notUp() (devs []string, err error) {
+	h, err := ns.Netlink()
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	links, err := h.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list devices in %s: %w", ns.Name, err)
+	}
+	for _, l := range links {
+		a := l.Attrs()
+		if a.Flags&net.FlagLoopback == 0 && a.OperState != netlink.OperUp {
+			devs = append(devs, ns.Name+"/"+a.Name)
+		}
+	}
+	return devs, nil
+}
+
 func ipNet(p netip.Prefix) *net.IPNet {
 	addr := p.Addr()
 	return &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(p.Bits(), addr.BitLen())}

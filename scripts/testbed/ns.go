@@ -3,6 +3,7 @@
 package testbed
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -178,12 +179,23 @@ func sweep() {
 	names, _ := filepath.Glob(filepath.Join(nsDir, namePrefix+"*"))
 	for _, path := range names {
 		pid, ok := ownerOf(filepath.Base(path))
-		if !ok || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+		if !ok || Alive(pid) {
 			continue
 		}
 		killInside(path)
 		_ = removeName(path)
 	}
+}
+
+// Alive says whether a process runs. A zombie does not: in a container nobody may ever reap it.
+func Alive(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	// The name, in parentheses, may hold anything: the state comes after the last of them.
+	_, after, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')')+1:], []byte(" "))
+	return len(after) > 0 && after[0] != 'Z' && after[0] != 'X'
 }
 
 const namePrefix = "snilb-"
