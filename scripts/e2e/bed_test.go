@@ -17,6 +17,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 
 	"snilb/scripts/testbed"
 )
@@ -210,6 +211,39 @@ func received(t *testing.T, ns *testbed.NS, dev string) uint64 {
 	l, err := h.LinkByName(dev)
 	must(t, err)
 	return l.Attrs().Statistics.RxPackets
+}
+
+// TestBedLeftovers leaves one of everything, to show that assertClean would see it.
+func TestBedLeftovers(t *testing.T) {
+	needBPFFS(t)
+	bed := newBed(t, testbed.Options{})
+	name := instanceName()
+	if left := leftovers(t, bed, name); len(left) > 0 {
+		t.Fatalf("a new bed has leftovers: %v", left)
+	}
+	newNeighbour(t, bed, "eth0", link.Head())
+	eth1, err := bed.LB.Index("eth1")
+	must(t, err)
+	must(t, bed.LB.Do(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "snilb0"
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+			return err
+		}
+		return netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+			LinkIndex: eth1, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+		}})
+	}))
+	for _, dir := range []string{filepath.Join(pinRoot, name), filepath.Join(socketDir, name+".sock")} {
+		must(t, os.MkdirAll(dir, 0o755))
+		t.Cleanup(func() { _ = os.Remove(dir) })
+	}
+	left := strings.Join(leftovers(t, bed, name), "\n")
+	for _, want := range []string{"tcx ingress program", "device snilb0", "qdisc clsact on eth1", "pin " + pinRoot, "socket of " + name} {
+		if !strings.Contains(left, want) {
+			t.Errorf("%s is not seen in:\n%s", want, left)
+		}
+	}
 }
 
 // TestBedCommand looks that commands see the real bpffs, and the network of their namespace.
