@@ -81,8 +81,7 @@ func (b *Bed) RawFrom(local, remote netip.AddrPort) (*Raw, error) {
 	if err := b.Neighbour(local.Addr()); err != nil {
 		return nil, err
 	}
-	gateway := "eth0"
-	mac, err := b.LB.mac(gateway)
+	mac, err := b.LB.mac("eth0")
 	if err != nil {
 		return nil, err
 	}
