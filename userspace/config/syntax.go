@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/lexer"
@@ -24,6 +25,7 @@ func (r *reader) syntax(data []byte) *ast.File {
 	if !r.nesting(tokens) {
 		return nil
 	}
+	tokens = joinColons(tokens)
 	before := len(r.problems)
 	r.unquoted(tokens)
 
@@ -64,6 +66,52 @@ func (r *reader) nesting(tokens token.Tokens) bool {
 	return true
 }
 
+// joinColons undoes a mistake of the lexer (goccy/go-yaml 1.19.2): in a list in
+// braces, such as {backends: [192.0.2.1:443]}, it takes every colon for that of
+// a mapping. In YAML a colon is that only before a space or the end of the
+// item; elsewhere it is part of the value.
+func joinColons(tokens token.Tokens) token.Tokens {
+	var joined token.Tokens
+	var open []token.Type
+	for i := 0; i < len(tokens); i++ {
+		tk := tokens[i]
+		switch tk.Type {
+		case token.MappingStartType, token.SequenceStartType:
+			open = append(open, tk.Type)
+		case token.MappingEndType, token.SequenceEndType:
+			open = open[:max(len(open)-1, 0)]
+		}
+		inList := len(open) > 0 && open[len(open)-1] == token.SequenceStartType
+		if inList && plain(tk) {
+			last := i
+			for last+1 < len(tokens) && touches(tokens[last], tokens[last+1]) && (plain(tokens[last+1]) || midColon(tokens, last+1)) {
+				last++
+			}
+			if last > i {
+				text, origin := "", ""
+				for _, part := range tokens[i : last+1] {
+					text, origin = text+part.Value, origin+part.Origin
+				}
+				tk, i = token.String(text, origin, tk.Position), last
+			}
+		}
+		joined.Add(tk)
+	}
+	return joined
+}
+
+// plain says that a token is an unquoted single value.
+func plain(tk *token.Token) bool {
+	return tk.CharacterType == token.CharacterTypeMiscellaneous && tk.Indicator == token.NotIndicator &&
+		tk.Type != token.CommentType && tk.Type != token.InvalidType
+}
+
+// midColon says that the token is a colon with a value right behind it.
+func midColon(tokens token.Tokens, i int) bool {
+	return tokens[i].Type == token.MappingValueType && i+1 < len(tokens) && touches(tokens[i], tokens[i+1]) &&
+		(plain(tokens[i+1]) || midColon(tokens, i+1))
+}
+
 // unquoted finds the YAML features that are refused, which are mostly host name
 // patterns and addresses that someone forgot to quote. Refusing aliases also
 // bounds the tree: it is never larger than the text.
@@ -94,7 +142,7 @@ func (r *reader) unquoted(tokens token.Tokens) {
 
 // touches says that two tokens stand side by side, with no space between.
 func touches(a, b *token.Token) bool {
-	return a.Position.Line == b.Position.Line && a.Position.Column+len(a.Value) == b.Position.Column
+	return a.Position.Line == b.Position.Line && a.Position.Column+utf8.RuneCountInString(a.Value) == b.Position.Column
 }
 
 // adjacent joins the token at i and those that follow it without a space. It
