@@ -27,7 +27,7 @@ routes:
   - {sni: "*.example.com", pool: a}
   - {sni: canary.example.net, pools: {a: 3, b: 1}}
   - {sni: "", pool: b}
-  - {sni: bücher.example, action: drop}
+  - {sni: xn--bcher-kva.example, action: drop}
 `
 
 // run gives a command line to the two commands and returns what they print and
@@ -142,7 +142,7 @@ func TestExplainJSON(t *testing.T) {
 		{"shares", "canary.example.net", "canary.example.net", "pool", "a:0.75 192.0.2.1:443 [2001:db8::1]:443,b:0.25 192.0.2.2:443", ":443"},
 		{"IPv6 client", "canary.example.net --client 2001:db8::9", "canary.example.net", "pool", "a:0.75 [2001:db8::1]:443,b:0.25", ":443"},
 		{"client with port", "x.example.com --client 192.0.2.9:5", "*.example.com", "pool", "a:1 192.0.2.1:443", ":443"},
-		{"U-label", "BÜCHER.example", "xn--bcher-kva.example", "drop", "", ":443"},
+		{"upper case", "XN--Bcher-kva.Example.", "xn--bcher-kva.example", "drop", "", ":443"},
 		{"no match", "example.invalid", "", "reset", "", ":443"},
 		{"the listener's no_match", "example.invalid --listen partners", "", "pool", "b:1 192.0.2.2:443", "partners"},
 		{"listener by address", "example.invalid --listen 192.0.2.20:443", "", "pool", "b:1 192.0.2.2:443", "partners"},

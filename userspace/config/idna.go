@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
+//go:build idna
+
 package config
 
-import "errors"
+import "golang.org/x/net/idna"
 
-// international turns U-labels into A-labels.
-func international(string) (string, error) {
-	return "", errors.New("write its A-label (xn--...)")
-}
+// international turns U-labels into A-labels. What a name may hold beyond that
+// is checked by CanonicalName and not by a profile: profiles refuse the
+// underscore.
+var international = idna.New(idna.MapForLookup(), idna.Transitional(false), idna.StrictDomainName(false)).ToASCII

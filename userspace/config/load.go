@@ -55,8 +55,7 @@ func Parse(name string, data []byte) (*Config, error) {
 	if len(r.problems) > 0 {
 		return nil, sorted(r.problems)
 	}
-	r.warnings = append(r.warnings, warnings(r.config)...)
-	r.config.Warnings = sorted(r.warnings)
+	r.config.Warnings = sorted(warnings(r.config))
 	return r.config, nil
 }
 
@@ -66,7 +65,6 @@ type reader struct {
 	name     string
 	config   *Config
 	problems Problems
-	warnings Problems
 
 	// Names may be used before they are defined, so uses are resolved last.
 	later []func()
@@ -145,10 +143,6 @@ func (r *reader) firstBadByte(data []byte) Position {
 
 func (r *reader) refuse(pos Position, what, remedy string) {
 	r.problems = append(r.problems, Problem{Position: pos, What: what, Remedy: remedy})
-}
-
-func (r *reader) warn(pos Position, what, remedy string) {
-	r.warnings = append(r.warnings, Problem{Position: pos, What: what, Remedy: remedy})
 }
 
 // sorted puts problems in file order: they were found in the order of our

@@ -56,7 +56,7 @@ routes:
   - {sni: "**.internal.example.com", action: alert}
   - {sni: "", pool: legacy}
   - {sni: "**", action: drop}
-  - {sni: bücher.example, pool: green}
+  - {sni: xn--bcher-kva.example, pool: green}
 `
 
 func mustParse(t testing.TB, text string) *Config {

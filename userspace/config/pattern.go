@@ -33,7 +33,7 @@ func CanonicalName(name string) (string, error) {
 	if !ascii {
 		mapped, err := international(name)
 		if err != nil {
-			return "", fmt.Errorf("is no valid international name: %w", err)
+			return "", fmt.Errorf("is not all ASCII: %w", err)
 		}
 		name = mapped
 	}

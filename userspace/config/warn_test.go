@@ -90,10 +90,6 @@ func TestCanonicalName(t *testing.T) {
 	tests := []struct{ in, want, err string }{
 		{"WWW.Example.COM.", "www.example.com", ""},
 		{"_dmarc.example.com", "_dmarc.example.com", ""},
-		{"bücher.example", "xn--bcher-kva.example", ""},
-		{"BÜCHER.example", "xn--bcher-kva.example", ""},
-		{"faß.example", "xn--fa-hia.example", ""},
-		{"例え。テスト", "xn--r8jz45g.xn--zckzah", ""},
 		{"", "", "is empty"},
 		{"example.com..", "", "has an empty label"},
 		{"192.0.2.1", "", "is an IP address, which clients never send as a name"},
