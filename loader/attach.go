@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+
+	"snilb/maps"
+)
+
+// attachment is one program on one interface's ingress.
+type attachment struct {
+	iface   string
+	ifindex int
+	role    Role
+	slot    uint32
+	prog    *ebpf.Program
+	hook    hook
+}
+
+// hook is the kernel's side of an attachment.
+type hook interface {
+	kind() string
+	// detach takes the program off. That the interface is gone is no error.
+	detach() error
+	// alive reports whether the program still sees packets.
+	alive() bool
+}
+
+type attachKey struct {
+	ifindex int
+	role    Role
+}
+
+type slotKey struct {
+	iface string
+	role  Role
+}
+
+// InterfaceStatus is one program on one interface. An interface that faces clients
+// has two, whose counters are apart: what the client program passes on, the
+// backend program behind it sees too.
+type InterfaceStatus struct {
+	Name    string
+	Ifindex int
+	Role    Role
+	Mode    string // always "tc"
+	Hook    string // "tcx" or "clsact"
+	Slot    uint32 // in maps.Tables.Packets
+}
+
+// Interfaces lists where programs are attached, the client program of an interface
+// before its backend program.
+func (i *Instance) Interfaces() []InterfaceStatus {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	var all []InterfaceStatus
+	for _, a := range i.sorted() {
+		all = append(all, InterfaceStatus{
+			Name: a.iface, Ifindex: a.ifindex, Role: a.role, Mode: "tc", Hook: a.hook.kind(), Slot: a.slot,
+		})
+	}
+	return all
+}
+
+// Attach puts the programs on the TAP device and the client-facing interfaces: a
+// client program where clients come in, and a backend program behind it, as
+// backends may be there too. If one step fails, all that Attach did is undone.
+func (i *Instance) Attach() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.closed {
+		return errors.New("the instance is closed: load it again")
+	}
+	tapDevice, err := i.ns.LinkByIndex(i.tap.index)
+	if err != nil {
+		return fmt.Errorf("find TAP device %s: %w", i.tap.name, err)
+	}
+	type target struct {
+		device netlink.Link
+		role   Role
+	}
+	targets := []target{{tapDevice, RoleTap}}
+	var clients []target
+	for _, name := range i.opts.Interfaces {
+		device, err := clientDevice(i.ns, name)
+		if err != nil {
+			return err
+		}
+		targets = append(targets, target{device, RoleBackend})
+		clients = append(clients, target{device, RoleClient})
+	}
+	// Clients last: the first SYN that is answered finds all else in place.
+	var done []*attachment
+	for _, t := range append(targets, clients...) {
+		a, err := i.attach(t.device, t.role)
+		if err != nil {
+			errs := []error{err}
+			for n := len(done) - 1; n >= 0; n-- {
+				errs = append(errs, i.detach(done[n]))
+			}
+			return errors.Join(errs...)
+		}
+		if a != nil {
+			done = append(done, a)
+		}
+	}
+	i.serving = true
+	return nil
+}
+
+// attach puts a role's program on a device. Returns nil if it is there already.
+// i.mu is held.
+func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err error) {
+	name, index := device.Attrs().Name, device.Attrs().Index
+	key := attachKey{index, role}
+	if i.attached[key] != nil {
+		return nil, nil
+	}
+	if !isEthernet(device) {
+		return nil, notEthernet(device)
+	}
+	step := func(what string) error { return i.opts.before(what + " " + string(role) + " " + name) }
+
+	a := &attachment{iface: name, ifindex: index, role: role, slot: i.slot(name, role)}
+	if err := step("load"); err != nil {
+		return nil, err
+	}
+	if a.prog, err = i.loadProgram(role, a.slot); err != nil {
+		return nil, err
+	}
+	if err = step("hook"); err == nil {
+		err = i.ns.do(func() error { return i.hookUp(a) })
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("attach %s program to %s: %w", role, name, err), a.prog.Close())
+	}
+	i.attached[key] = a
+	if err = step("pin"); err == nil {
+		err = i.pinLink(a)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("pin link of %s: %w", name, err), i.detach(a))
+	}
+	i.log.Debug("attached", "interface", name, "role", role, "hook", a.hook.kind())
+	return a, nil
+}
+
+// hookUp chooses tcx, and clsact where the kernel has no tcx.
+func (i *Instance) hookUp(a *attachment) (err error) {
+	if !i.noTCX {
+		a.hook, err = i.attachTCX(a)
+		if !errors.Is(err, ebpf.ErrNotSupported) {
+			return err
+		}
+		i.noTCX = true
+		i.log.Info("this kernel has no tcx (it came with Linux 6.6): attaching by clsact")
+	}
+	a.hook, err = i.attachClsact(a)
+	return err
+}
+
+// pinLink makes a tcx link outlive the daemon. A clsact filter does so by itself.
+func (i *Instance) pinLink(a *attachment) error {
+	l, ok := a.hook.(*tcxHook)
+	if !ok {
+		return nil
+	}
+	path := linkPin(i.dir, a.iface, a.role)
+	// An interface that went away and came back under its name left a dead link there.
+	if err := removeFile(path); err != nil {
+		return err
+	}
+	return l.pin(path)
+}
+
+// detach undoes attach. i.mu is held.
+func (i *Instance) detach(a *attachment) error {
+	delete(i.attached, attachKey{a.ifindex, a.role})
+	err := a.hook.detach()
+	if err != nil {
+		err = fmt.Errorf("detach %s program from %s: %w", a.role, a.iface, err)
+	}
+	return errors.Join(err, a.prog.Close())
+}
+
+// slot gives each program on an interface counters of its own while there are any,
+// and the same ones when an interface comes back. Slot 0 is the TAP's.
+func (i *Instance) slot(iface string, role Role) uint32 {
+	if role == RoleTap {
+		return 0
+	}
+	key := slotKey{iface, role}
+	slot, ok := i.slots[key]
+	if !ok {
+		slot = uint32(min(len(i.slots)+1, maps.MaxCounterSlots-1))
+		i.slots[key] = slot
+	}
+	return slot
+}
+
+// neighbour is our other program on the same interface, or nil.
+func (i *Instance) neighbour(a *attachment) *attachment {
+	switch a.role {
+	case RoleClient:
+		return i.attached[attachKey{a.ifindex, RoleBackend}]
+	case RoleBackend:
+		return i.attached[attachKey{a.ifindex, RoleClient}]
+	default:
+		return nil
+	}
+}
+
+func removeFile(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+)
+
+// ErrNothing says that an instance has left nothing.
+var ErrNothing = errors.New("nothing of this instance is left")
+
+// Detach removes what a dead daemon left in the calling thread's network
+// namespace: links, filters, pins, TAP device. Returns an error that is ErrRunning
+// if a living daemon has the instance, and one that is ErrNothing if there is
+// nothing to remove.
+func Detach(name string, log *slog.Logger) (err error) {
+	if err := checkName(name); err != nil {
+		return err
+	}
+	ns, err := currentNamespace()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ns.close()) }()
+	lock, err := acquire(ns, name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lock.release()) }()
+	found, err := removeLeftovers(ns, name, log)
+	if err == nil && !found {
+		err = fmt.Errorf("instance %s: %w", name, ErrNothing)
+	}
+	return errors.Join(err, removeEmpty(stateDir))
+}
+
+// removeLeftovers removes all of an instance and reports whether there was
+// anything. The caller holds its lock. It goes on after an error.
+func removeLeftovers(ns *namespace, name string, log *slog.Logger) (found bool, err error) {
+	if log == nil {
+		log = slog.Default()
+	}
+	dir := filepath.Join(stateDir, name+ns.suffix)
+	var errs []error
+	for _, d := range []string{dir, dir + unfinished} {
+		if _, err := os.Stat(d); err == nil {
+			found = true
+			errs = append(errs, removeLinks(d, log))
+		}
+	}
+	links, err := ns.links()
+	if err != nil {
+		return found, errors.Join(append(errs, err)...)
+	}
+	for _, device := range links {
+		filters, err := removeFilters(ns, device, name, dir, log)
+		found = found || filters
+		errs = append(errs, err)
+	}
+	taps, err := leftTaps(ns, name)
+	errs = append(errs, err)
+	for _, device := range taps {
+		found = true
+		log.Info("removing TAP device", "interface", device.Attrs().Name)
+		errs = append(errs, deleteLink(ns, device.Attrs().Index))
+	}
+	errs = append(errs, removeDir(dir), removeDir(dir+unfinished))
+	return found, errors.Join(errs...)
+}
+
+func removeLinks(dir string, log *slog.Logger) error {
+	entries, err := os.ReadDir(filepath.Join(dir, "links"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("list links: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		iface, role, err := parseLinkPin(e.Name())
+		if err != nil {
+			iface = e.Name() // not ours to name, but in our directory
+		}
+		log.Info("removing link", "interface", iface, "role", role)
+		errs = append(errs, removePinnedLink(filepath.Join(dir, "links", e.Name())))
+	}
+	return errors.Join(errs...)
+}
+
+func removeFilters(ns *namespace, device netlink.Link, name, dir string, log *slog.Logger) (found bool, err error) {
+	index, iface := device.Attrs().Index, device.Attrs().Name
+	filters, err := instanceFilters(ns, index, name)
+	if err != nil {
+		if isGone(err) { // since it was listed
+			return false, nil
+		}
+		return false, err
+	}
+	var errs []error
+	for _, f := range filters {
+		log.Info("removing filter", "interface", iface, "filter", f.Name)
+		errs = append(errs, removeFilter(ns, f))
+	}
+	errs = append(errs, removeQdisc(ns, index, clsactMark(dir, iface)))
+	return len(filters) > 0, errors.Join(errs...)
+}
+
+// removeDir removes a state directory. Only files and directories that we make are
+// in it, all at most two levels down.
+func removeDir(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove state: %w", err)
+	}
+	return nil
+}
+
+// deadHolder returns the instance that has a client program on an interface, be its
+// daemon dead or not; "" if there is none.
+func deadHolder(ns *namespace, iface string) (string, error) {
+	entries, err := os.ReadDir(stateDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("list instances: %w", err)
+	}
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), ns.suffix)
+		if !ok || !validName.MatchString(name) {
+			continue
+		}
+		if _, err := os.Stat(linkPin(filepath.Join(stateDir, e.Name()), iface, RoleClient)); err == nil {
+			return name, nil
+		}
+	}
+	device, err := ns.LinkByName(iface)
+	if err != nil {
+		return "", fmt.Errorf("interface %s: %w", iface, err)
+	}
+	filters, err := instanceFilters(ns, device.Attrs().Index, "")
+	if err != nil {
+		return "", err
+	}
+	for _, f := range filters {
+		if name, ok := strings.CutPrefix(f.Name, programOf[RoleClient]+" "); ok {
+			return name, nil
+		}
+	}
+	return "", nil
+}

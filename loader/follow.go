@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// Changes come in bursts: an interface that comes up brings a dozen.
+	settleTime = 50 * time.Millisecond
+	// A resync takes at most this part of the time, however fast routes change.
+	resyncShare = 5
+
+	resubscribePause = time.Second
+	followBuffer     = 1 << 20
+)
+
+// What may change a next hop, a listener's addresses, or where programs belong.
+var followed = []uint{
+	unix.RTNLGRP_LINK,
+	unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
+	unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+	unix.RTNLGRP_NEXTHOP,
+}
+
+// Run follows the network until ctx ends, and then returns nil: addresses come and
+// go at wildcard listeners, routes move next hops and backends, interfaces that come
+// back get their programs again.
+func (i *Instance) Run(ctx context.Context) error {
+	for {
+		err := i.follow(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		i.log.Warn("subscription to network changes ended: subscribing again", "error", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(resubscribePause):
+		}
+	}
+}
+
+// follow is one subscription's life. What a message says is not looked at: it means
+// that something changed, and the kernel is asked for all of it, so that a lost
+// message loses nothing.
+func (i *Instance) follow(ctx context.Context) error {
+	var socket *nl.NetlinkSocket
+	err := i.ns.do(func() (err error) {
+		socket, err = nl.Subscribe(unix.NETLINK_ROUTE, followed...)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("subscribe to network changes: %w", err)
+	}
+	defer socket.Close()
+	if err := socket.SetReceiveBufferSize(followBuffer, false); err != nil {
+		i.log.Debug("the buffer for network changes stays small", "error", err)
+	}
+	changed, ended := make(chan struct{}, 1), make(chan error, 1)
+	go i.receive(socket, changed, ended)
+
+	i.cache.flush() // what changed before the subscription
+	for {
+		began := time.Now()
+		i.resync()
+		pause := max(settleTime, resyncShare*time.Since(began))
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-ended:
+			return err
+		case <-changed:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+	}
+}
+
+// receive runs until the socket is closed or broken. Caches are flushed at once,
+// all else waits until the burst is over.
+func (i *Instance) receive(socket *nl.NetlinkSocket, changed chan<- struct{}, ended chan<- error) {
+	for {
+		_, _, err := socket.Receive()
+		if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {
+			ended <- err
+			return
+		}
+		i.cache.flush()
+		select {
+		case changed <- struct{}{}:
+		default: // one is waiting already
+		}
+	}
+}
+
+// resync asks the kernel for everything that Run follows. Errors are logged: the
+// next change, or a packet, tries again.
+func (i *Instance) resync() {
+	if err := i.resyncInterfaces(); err != nil {
+		i.log.Error("follow interfaces", "error", err)
+	}
+	links, err := i.ns.links()
+	if err != nil {
+		i.log.Error("follow routes", "error", err)
+		return
+	}
+	mtu := make(map[int]int, len(links))
+	for _, device := range links {
+		mtu[device.Attrs().Index] = device.Attrs().MTU
+	}
+	// Backends first: bound flows may go a new way only when answers are expected there.
+	for _, addr := range i.backends.addresses() {
+		problem := ""
+		if _, err := i.resolve(addr); err != nil {
+			problem = err.Error()
+		}
+		if i.backends.news(addr, problem) && problem != "" {
+			i.log.Warn("backend out of reach", "backend", addr, "error", problem)
+		}
+	}
+	if err := i.refreshHops(mtu); err != nil {
+		i.log.Error("follow routes", "error", err)
+	}
+}
+
+// resyncInterfaces forgets programs on interfaces that are gone, attaches again where
+// a client-facing one came back, and sets the listeners' addresses.
+func (i *Instance) resyncInterfaces() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.closed {
+		return nil
+	}
+	var errs []error
+	for _, a := range i.sorted() {
+		if a.hook.alive() {
+			continue
+		}
+		i.log.Warn("the program is gone from its interface", "interface", a.iface, "role", a.role)
+		i.backends.lost(a.ifindex)
+		errs = append(errs, i.detach(a))
+	}
+	if i.serving {
+		errs = append(errs, i.reattach())
+	}
+	return errors.Join(append(errs, i.applyListeners())...)
+}
+
+// reattach brings the programs back to client-facing interfaces that exist.
+func (i *Instance) reattach() error {
+	var errs []error
+	for _, name := range i.opts.Interfaces {
+		device, err := clientDevice(i.ns, name)
+		if err != nil {
+			continue // still away: its coming back is a change too
+		}
+		for _, role := range []Role{RoleBackend, RoleClient} {
+			a, err := i.attach(device, role)
+			if a != nil {
+				i.log.Info("attached again", "interface", name, "role", role)
+			}
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// refreshHops asks for each route once, however many entries it stands for.
+func (i *Instance) refreshHops(mtu map[int]int) error {
+	return i.hops.refresh(
+		func(ifindex int) int { return mtu[ifindex] },
+		func(dst netip.Addr) (route, error) { return lookupRoute(i.ns, dst) },
+	)
+}

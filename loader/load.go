@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/cilium/ebpf"
+
+	"snilb/maps"
+)
+
+// Instance is one set of tables with the programs that use them. It is safe for
+// concurrent use.
+type Instance struct {
+	// Set by Load, only read afterwards.
+	opts        Options
+	log         *slog.Logger
+	ns          *namespace
+	lock        *lockFile
+	dir         string // of the pins
+	tables      *maps.Tables
+	shared      map[string]*ebpf.Map // tables and the programs' working memory, by name
+	rings       []*ebpf.Map
+	tap         *tap
+	hasCsumIPv6 bool
+
+	hops     *hopTable
+	cache    routeCache
+	backends backendSet
+
+	mu sync.Mutex // guards the rest
+	// attached holds the reference to every link: a link that is collected as garbage takes its program off.
+	attached  map[attachKey]*attachment
+	slots     map[slotKey]uint32
+	serving   bool // Attach was called: interfaces that come back are attached again
+	closed    bool
+	noTCX     bool
+	listeners listenerSet
+}
+
+// Load makes the maps, the pins and the TAP device of an instance, after it has
+// cleared away what a dead daemon of that name left. No packet is touched before
+// Attach. Returns an error that is ErrRunning if a living daemon has the name, and
+// Problems that say how this machine has to change.
+func Load(o Options) (_ *Instance, err error) {
+	o = o.withDefaults()
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	i := &Instance{
+		opts:     o,
+		log:      o.Logger,
+		tables:   &maps.Tables{},
+		shared:   make(map[string]*ebpf.Map),
+		backends: newBackendSet(),
+		attached: make(map[attachKey]*attachment),
+		slots:    make(map[slotKey]uint32),
+		noTCX:    o.forceClsact,
+	}
+	if i.ns, err = currentNamespace(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, i.Close())
+		}
+	}()
+	problems := preflight(i.ns, &i.opts)
+	if err := fatal(problems); err != nil {
+		return nil, err
+	}
+	for _, p := range problems {
+		i.log.Warn(p.What, "remedy", p.Remedy)
+	}
+	if err := i.claim(); err != nil {
+		return nil, err
+	}
+	return i, i.build()
+}
+
+// claim takes the name, and the interfaces as far as other instances go.
+func (i *Instance) claim() (err error) {
+	if err := i.opts.before("lock"); err != nil {
+		return err
+	}
+	if i.lock, err = acquire(i.ns, i.opts.Name); err != nil {
+		return err
+	}
+	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.Interfaces}); err != nil {
+		return err
+	}
+	if err := mountBPFFS(i.log); err != nil {
+		return err
+	}
+	i.dir = filepath.Join(stateDir, i.opts.Name+i.ns.suffix)
+	// Only now: two daemons that start at once see each other's locks.
+	if err := i.refuseTaken(); err != nil {
+		return err
+	}
+	found, err := removeLeftovers(i.ns, i.opts.Name, i.log)
+	if found {
+		i.log.Warn("removed what a dead daemon left", "instance", i.opts.Name)
+	}
+	return err
+}
+
+// refuseTaken looks whether another instance has one of our interfaces.
+func (i *Instance) refuseTaken() error {
+	locked, err := instancesIn(runDir, i.ns.suffix, ".lock")
+	if err != nil {
+		return err
+	}
+	for _, other := range locked {
+		path := lockPath(i.ns, other)
+		if other == i.opts.Name || !isHeld(path) {
+			continue
+		}
+		has := readOwner(path)
+		for _, name := range i.opts.Interfaces {
+			if slices.Contains(has.interfaces, name) {
+				return fmt.Errorf("interface %s belongs to instance %s (pid %d); stop that one first, or name the interface there only", name, other, has.pid)
+			}
+		}
+	}
+	for _, name := range i.opts.Interfaces {
+		other, err := deadHolder(i.ns, name)
+		if err != nil {
+			return err
+		}
+		if other != "" && other != i.opts.Name {
+			return fmt.Errorf("interface %s still has the program of instance %s; remove it first: snilb detach --all --name %s", name, other, other)
+		}
+	}
+	return nil
+}
+
+// build makes everything that does not touch packets.
+func (i *Instance) build() (err error) {
+	if i.hasCsumIPv6, err = probeCsumIPv6(); err != nil {
+		return err
+	}
+	steps := []struct {
+		name string
+		do   func() error
+	}{
+		{"maps", i.createMaps},
+		{"rings", i.createRings},
+		{"pin", i.pinMaps},
+		{"tap", i.createTap},
+	}
+	for _, step := range steps {
+		if err := i.opts.before(step.name); err != nil {
+			return err
+		}
+		if err := step.do(); err != nil {
+			return err
+		}
+	}
+	i.hops = newHopTable(func(index uint32, hop *maps.Nexthop) error {
+		return i.tables.Nexthops.Put(&index, hop)
+	})
+	return nil
+}
+
+// pinMaps builds the state directory under another name and moves it into place
+// complete: whoever finds it finds all of it.
+func (i *Instance) pinMaps() error {
+	if err := os.MkdirAll(stateDir, 0o700); err != nil {
+		return fmt.Errorf("make the state directory: %w", err)
+	}
+	building := i.dir + unfinished
+	for _, dir := range []string{building, filepath.Join(building, "links"), filepath.Join(building, "clsact")} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return fmt.Errorf("make the state directory: %w", err)
+		}
+	}
+	for _, m := range i.tables.All() {
+		// A clone, because the library would remember the path that is about to change.
+		pin, err := m.Map.Clone()
+		if err != nil {
+			return fmt.Errorf("pin map %s: %w", m.Name, err)
+		}
+		err = pin.Pin(filepath.Join(building, m.Name))
+		if err := errors.Join(err, pin.Close()); err != nil {
+			return fmt.Errorf("pin map %s: %w", m.Name, err)
+		}
+	}
+	if err := os.Rename(building, i.dir); err != nil {
+		return fmt.Errorf("move the state directory into place: %w", err)
+	}
+	return nil
+}
+
+// Close takes everything out of the kernel that Load and Attach put there. It goes
+// on after an error and returns all of them; a second call does nothing.
+func (i *Instance) Close() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.closed {
+		return nil
+	}
+	i.closed = true
+	i.serving = false
+
+	errs := []error{i.detachAll()}
+	if i.tap != nil {
+		errs = append(errs, i.tap.close(i.ns))
+	}
+	for _, ring := range i.rings {
+		errs = append(errs, ring.Close())
+	}
+	for _, m := range i.shared {
+		errs = append(errs, m.Close())
+	}
+	if i.lock != nil {
+		errs = append(errs, removeDir(i.dir), removeDir(i.dir+unfinished), removeEmpty(stateDir), i.lock.release())
+	}
+	return errors.Join(append(errs, i.ns.close())...)
+}
+
+// detachAll takes the client programs off first: no connection begins any more
+// while the rest is still complete.
+func (i *Instance) detachAll() error {
+	order := []Role{RoleClient, RoleBackend, RoleTap}
+	all := i.sorted()
+	slices.SortStableFunc(all, func(a, b *attachment) int {
+		return slices.Index(order, a.role) - slices.Index(order, b.role)
+	})
+	var errs []error
+	for _, a := range all {
+		errs = append(errs, i.detach(a))
+	}
+	return errors.Join(errs...)
+}
+
+// sorted lists the attachments in a fixed order: by interface, then role.
+func (i *Instance) sorted() []*attachment {
+	var all []*attachment
+	for _, a := range i.attached {
+		all = append(all, a)
+	}
+	slices.SortFunc(all, func(a, b *attachment) int {
+		if a.ifindex != b.ifindex {
+			return a.ifindex - b.ifindex
+		}
+		return strings.Compare(string(b.role), string(a.role)) // client before backend, as on the hook
+	})
+	return all
+}
+
+// Tables returns the maps of the instance. They are closed by Close.
+func (i *Instance) Tables() *maps.Tables { return i.tables }
+
+// Ring returns the ring buffer of a worker. It is closed by Close.
+func (i *Instance) Ring(worker int) *ebpf.Map { return i.rings[worker] }
+
+// TapQueues returns one file a worker: each Write puts a whole Ethernet frame on
+// the TAP device, where the TAP program runs on it before Write returns. The files
+// are blocking and closed by Close.
+func (i *Instance) TapQueues() []*os.File { return i.tap.queues }
+
+// TapName returns the name of the TAP device.
+func (i *Instance) TapName() string { return i.tap.name }
+
+// Directory returns where the maps and links are pinned.
+func (i *Instance) Directory() string { return i.dir }
+
+// Socket returns where the daemon of this instance listens for commands.
+func (i *Instance) Socket() string {
+	return filepath.Join(runDir, i.opts.Name+i.ns.suffix+".sock")
+}
+
+// MTU returns the MSS to announce to clients, by address family: what the smallest
+// MTU on the way to a backend holds, as all that a client sends goes there.
+func (i *Instance) MTU() (mss4, mss6 uint16) {
+	mtu4, mtu6 := i.backends.smallestMTU()
+	if client := i.clientMTU(); client > 0 {
+		mtu4, mtu6 = min(mtu4, client), min(mtu6, client)
+	}
+	const (
+		headers4, headers6 = 20 + 20, 40 + 20
+		least4, least6     = 536, 1220 // RFC 1122, RFC 8200
+	)
+	return uint16(min(max(mtu4-headers4, least4), 65535-headers4)), uint16(min(max(mtu6-headers6, least6), 65535-headers6))
+}
+
+// clientMTU is the smallest of the client-facing interfaces, or 0: a larger MSS
+// than the link towards the client holds would rely on path MTU discovery.
+func (i *Instance) clientMTU() int {
+	smallest := 0
+	for _, name := range i.opts.Interfaces {
+		device, err := i.ns.LinkByName(name)
+		if err != nil {
+			continue // it is away just now, and with it its clients
+		}
+		if mtu := device.Attrs().MTU; smallest == 0 || mtu < smallest {
+			smallest = mtu
+		}
+	}
+	return smallest
+}
+
+// family4 reports whether an address is IPv4.
+func family4(addr netip.Addr) bool { return addr.Is4() || addr.Is4In6() }

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrRunning says that a living daemon has the instance.
+var ErrRunning = errors.New("a daemon is running")
+
+// lockFile is held by flock for a daemon's life: the kernel gives it up when the
+// daemon dies, however it dies.
+type lockFile struct {
+	file *os.File
+	path string
+}
+
+// owner is what a lock file says of who holds it.
+type owner struct {
+	pid        int
+	interfaces []string
+}
+
+func lockPath(ns *namespace, name string) string {
+	return filepath.Join(runDir, name+ns.suffix+".lock")
+}
+
+// acquire takes an instance's lock. Returns an error that is ErrRunning if another
+// process has it.
+func acquire(ns *namespace, name string) (*lockFile, error) {
+	path := lockPath(ns, name)
+	for attempt := 0; ; attempt++ {
+		l, err := tryLock(path)
+		switch {
+		case err == nil:
+			return l, nil
+		// Its holder removed the directory or the file just now.
+		case errors.Is(err, fs.ErrNotExist) && attempt < 10:
+		// Somebody may only be looking whether it is held.
+		case errors.Is(err, unix.EWOULDBLOCK) && attempt < 5:
+			time.Sleep(10 * time.Millisecond)
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return nil, fmt.Errorf("instance %s: %w (pid %d); stop it first, or choose another name", name, ErrRunning, readOwner(path).pid)
+		default:
+			return nil, fmt.Errorf("lock instance %s: %w", name, err)
+		}
+	}
+}
+
+func tryLock(path string) (*lockFile, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	// Between open and lock the last holder may have removed the name: then this is a lock that nobody else can see.
+	held, err := file.Stat()
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	named, err := os.Stat(path)
+	if err == nil && !os.SameFile(held, named) {
+		err = fs.ErrNotExist
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return &lockFile{file: file, path: path}, nil
+}
+
+// write says who holds the lock, for the error of whoever wants it too.
+func (l *lockFile) write(o owner) error {
+	text := fmt.Sprintf("pid %d\ninterfaces %s\n", o.pid, strings.Join(o.interfaces, " "))
+	if err := l.file.Truncate(0); err != nil {
+		return fmt.Errorf("write lock: %w", err)
+	}
+	if _, err := l.file.WriteAt([]byte(text), 0); err != nil {
+		return fmt.Errorf("write lock: %w", err)
+	}
+	return nil
+}
+
+// release removes the file before it lets go: see tryLock for who comes between.
+func (l *lockFile) release() error {
+	return errors.Join(os.Remove(l.path), l.file.Close(), removeEmpty(runDir))
+}
+
+func readOwner(path string) (o owner) {
+	file, err := os.Open(path)
+	if err != nil {
+		return o
+	}
+	defer file.Close() //nolint:errcheck // only read
+	text, err := io.ReadAll(io.LimitReader(file, 64<<10))
+	if err != nil {
+		return o
+	}
+	for line := range strings.Lines(string(text)) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		switch key {
+		case "pid":
+			o.pid, _ = strconv.Atoi(value) // 0 is as good as any wrong number
+		case "interfaces":
+			o.interfaces = strings.Fields(value)
+		}
+	}
+	return o
+}
+
+// isHeld reports whether a living process holds the lock.
+func isHeld(path string) bool {
+	file, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer file.Close() //nolint:errcheck // only read
+	return errors.Is(unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+// Running reports the process that holds an instance of the calling thread's
+// network namespace, or 0.
+func Running(name string) (pid int, err error) {
+	path, err := placed(runDir, name, ".lock")
+	if err != nil || !isHeld(path) {
+		return 0, err
+	}
+	return readOwner(path).pid, nil
+}
+
+// Instances lists the instances of the calling thread's network namespace that
+// have state, living or dead.
+func Instances() ([]string, error) {
+	suffix, err := namespaceSuffix()
+	if err != nil {
+		return nil, err
+	}
+	return instancesIn(stateDir, suffix, "")
+}
+
+// instancesIn lists the instances that have a file or directory there.
+func instancesIn(dir, suffix, extension string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list instances: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), suffix+extension)
+		if ok && validName.MatchString(name) {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}

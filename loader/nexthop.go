@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"snilb/maps"
+)
+
+var (
+	// ErrLocal says that an address is one of this node's own.
+	ErrLocal = errors.New("a backend on this very node: not supported yet")
+	// ErrUnreachable says that the kernel has no route to an address.
+	ErrUnreachable = errors.New("no route")
+)
+
+// NextHop is how packets to an address leave this node.
+type NextHop struct {
+	Index   uint16 // in the nexthops table; never 0
+	MTU     int
+	Ifindex int
+	Source  netip.Addr // the address the kernel would speak from
+}
+
+// route is the kernel's answer for one destination.
+type route struct {
+	ifindex int
+	gateway netip.Addr // invalid: the destination is on the link
+	source  netip.Addr
+	mtu     int // the route's own, 0: the link's
+}
+
+// lookupRoute asks the kernel. dst is not v4-mapped.
+func lookupRoute(ns *namespace, dst netip.Addr) (route, error) {
+	if !dst.IsValid() || dst.IsUnspecified() || dst.IsMulticast() {
+		return route{}, fmt.Errorf("%v is no host's address: %w", dst, ErrUnreachable)
+	}
+	found, err := ns.RouteGet(dst.AsSlice())
+	if err != nil {
+		return route{}, fmt.Errorf("%w to %v (%v); see `ip route get %v`", ErrUnreachable, dst, err, dst)
+	}
+	if len(found) == 0 {
+		return route{}, fmt.Errorf("%w to %v", ErrUnreachable, dst)
+	}
+	r := found[0]
+	switch r.Type {
+	case unix.RTN_LOCAL:
+		return route{}, fmt.Errorf("%v: %w", dst, ErrLocal)
+	case unix.RTN_UNICAST:
+	default:
+		return route{}, fmt.Errorf("%w to %v: the kernel's is of type %d, not unicast", ErrUnreachable, dst, r.Type)
+	}
+	return route{ifindex: r.LinkIndex, gateway: gatewayOf(&r), source: addrOf(r.Src), mtu: r.MTU}, nil
+}
+
+// gatewayOf knows IPv4 routes by IPv6 gateways too (RFC 5549), which stand in another
+// attribute.
+func gatewayOf(r *netlink.Route) netip.Addr {
+	if via, ok := r.Via.(*netlink.Via); ok {
+		return addrOf(via.Addr)
+	}
+	return addrOf(r.Gw)
+}
+
+func addrOf(ip []byte) netip.Addr {
+	addr, _ := netip.AddrFromSlice(ip) // none is the invalid address
+	return addr.Unmap()
+}
+
+// hopKey is what makes two destinations share an entry of the nexthops table.
+type hopKey struct {
+	ifindex int
+	gateway netip.Addr // invalid: on the link
+	family  uint8      // of the gateway, or of the destination
+	mtu     int        // the route's own, 0: the link's
+}
+
+func keyOf(dst netip.Addr, r route) hopKey {
+	k := hopKey{ifindex: r.ifindex, gateway: r.gateway, family: unix.AF_INET6, mtu: r.mtu}
+	if addr := r.gateway; addr.Is4() || !addr.IsValid() && dst.Is4() {
+		k.family = unix.AF_INET
+	}
+	return k
+}
+
+// hop is one entry of the nexthops table. Bound flows hold its index, so it is
+// never given away, but may be pointed elsewhere when its destinations move.
+type hop struct {
+	key     hopKey
+	mtu     int // 0: the interface is gone
+	samples []netip.Addr
+}
+
+// Destinations that stand for all of an entry when routes change.
+const hopSamples = 8
+
+// hopTable is the nexthops table as user space knows it.
+type hopTable struct {
+	write func(uint32, *maps.Nexthop) error
+
+	mu    sync.Mutex
+	byKey map[hopKey]uint16
+	hops  []hop // by index; 0 stays unset
+}
+
+func newHopTable(write func(uint32, *maps.Nexthop) error) *hopTable {
+	return &hopTable{write: write, byKey: make(map[hopKey]uint16), hops: make([]hop, 1)}
+}
+
+// index finds or adds the entry of a destination. linkMTU is that of the route's
+// interface.
+func (t *hopTable) index(dst netip.Addr, r route, linkMTU int) (index uint16, mtu int, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	key := keyOf(dst, r)
+	mtu = effectiveMTU(key.mtu, linkMTU)
+	index, ok := t.byKey[key]
+	if !ok {
+		if len(t.hops) >= maps.MaxNexthops {
+			return 0, 0, fmt.Errorf("all %d next hops are taken: restart the daemon", maps.MaxNexthops-1)
+		}
+		index = uint16(len(t.hops))
+		t.hops = append(t.hops, hop{key: key})
+		t.byKey[key] = index
+	}
+	h := &t.hops[index]
+	if len(h.samples) < hopSamples && !slices.Contains(h.samples, dst) {
+		h.samples = append(h.samples, dst)
+	}
+	if h.mtu == mtu {
+		return index, mtu, nil
+	}
+	h.mtu = mtu
+	return index, mtu, t.store(index)
+}
+
+func effectiveMTU(routeMTU, linkMTU int) int {
+	if routeMTU > 0 && routeMTU < linkMTU {
+		return routeMTU
+	}
+	return linkMTU
+}
+
+// store writes an entry to the kernel; t.mu is held.
+func (t *hopTable) store(index uint16) error {
+	h := &t.hops[index]
+	var value maps.Nexthop
+	if h.mtu > 0 {
+		value = maps.Nexthop{Ifindex: uint32(h.key.ifindex), Mtu: uint16(min(h.mtu, 65535)), Family: h.key.family}
+		if h.key.gateway.IsValid() {
+			value.Gateway = maps.Words(h.key.gateway) // all zero means on the link, which no v4-mapped address is
+		}
+	}
+	if err := t.write(uint32(index), &value); err != nil {
+		return fmt.Errorf("write next hop: %w", err)
+	}
+	return nil
+}
+
+// refresh brings all entries up to date: MTUs of links, interfaces that are gone,
+// and entries whose destinations all moved to another next hop, which bound flows
+// must follow. linkMTU is 0 for an interface that is gone. The routes are asked for
+// without the lock: workers want it too.
+func (t *hopTable) refresh(linkMTU func(ifindex int) int, find func(netip.Addr) (route, error)) error {
+	t.mu.Lock()
+	before := slices.Clone(t.hops)
+	t.mu.Unlock()
+
+	now := make([]hopKey, len(before))
+	for n := 1; n < len(before); n++ {
+		now[n] = before[n].follow(find)
+	}
+
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var errs []error
+	for n := 1; n < len(before); n++ {
+		h := &t.hops[n]
+		moved := now[n] != h.key
+		if moved {
+			t.move(uint16(n), now[n])
+		}
+		mtu := 0
+		if link := linkMTU(h.key.ifindex); link > 0 {
+			mtu = effectiveMTU(h.key.mtu, link)
+		}
+		if moved || mtu != h.mtu {
+			h.mtu = mtu
+			errs = append(errs, t.store(uint16(n)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// follow returns the next hop that all samples of an entry have now. If they do not
+// agree it stays: one destination that moved alone must not take the others along.
+func (h *hop) follow(find func(netip.Addr) (route, error)) hopKey {
+	now, known := h.key, false
+	for _, dst := range h.samples {
+		r, err := find(dst)
+		if err != nil {
+			continue // without a route there is nowhere better to send it
+		}
+		key := keyOf(dst, r)
+		if known && key != now {
+			return h.key
+		}
+		now, known = key, true
+	}
+	return now
+}
+
+// move points an entry elsewhere; whoever is routed the old way from now on gets an
+// entry of his own. t.mu is held.
+func (t *hopTable) move(index uint16, to hopKey) {
+	h := &t.hops[index]
+	if t.byKey[h.key] == index {
+		delete(t.byKey, h.key)
+	}
+	h.key = to
+	if _, ok := t.byKey[to]; !ok {
+		t.byKey[to] = index
+	}
+}
+
+// NextHop returns how packets to an address leave this node, as the kernel routes
+// them, and makes sure that the nexthops table has it. Returns an error that is
+// ErrLocal for an address of this node, and one that is ErrUnreachable if there is
+// no route. Known addresses cost no system call.
+func (i *Instance) NextHop(dst netip.Addr) (NextHop, error) {
+	dst = dst.Unmap()
+	if h, ok := i.cache.get(dst); ok {
+		return h, nil
+	}
+	return i.resolve(dst)
+}
+
+func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {
+	generation := i.cache.generation.Load()
+	r, err := lookupRoute(i.ns, dst)
+	if err != nil {
+		return NextHop{}, err
+	}
+	device, err := i.ns.LinkByIndex(r.ifindex)
+	if err != nil {
+		return NextHop{}, fmt.Errorf("%w to %v: its interface is gone (%w)", ErrUnreachable, dst, err)
+	}
+	index, mtu, err := i.hops.index(dst, r, device.Attrs().MTU)
+	if err != nil {
+		return NextHop{}, err
+	}
+	// Before anybody speaks from a new source or by a new interface, the answer must find its way.
+	if err := i.settle(dst, r, device, mtu); err != nil {
+		return NextHop{}, err
+	}
+	h := NextHop{Index: index, MTU: mtu, Ifindex: r.ifindex, Source: r.source}
+	i.cache.put(dst, h, generation)
+	return h, nil
+}

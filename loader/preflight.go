@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Problem is something about this machine that is in the way.
+type Problem struct {
+	What, Remedy string
+	// Warning: it may do harm, but Load goes on.
+	Warning bool
+}
+
+func (p Problem) Error() string {
+	return p.What + "; " + p.Remedy
+}
+
+// The oldest kernel the programs are made for (Debian 12).
+const minMajor, minMinor = 6, 1
+
+// Preflight looks whether an instance can be loaded here, and changes nothing.
+// Interfaces may be empty.
+func Preflight(o Options) []Problem {
+	o = o.withDefaults()
+	var problems []Problem
+	ns, err := currentNamespace()
+	if err != nil {
+		return append(checkKernel(), Problem{What: err.Error(), Remedy: "run as root"})
+	}
+	defer ns.close() //nolint:errcheck // only read
+	if len(o.Interfaces) > 0 {
+		if err := o.validate(); err != nil {
+			problems = append(problems, Problem{What: err.Error(), Remedy: "mend the options"})
+		}
+	}
+	return append(problems, preflight(ns, &o)...)
+}
+
+func preflight(ns *namespace, o *Options) []Problem {
+	problems := checkKernel()
+	problems = append(problems, checkCapabilities()...)
+	problems = append(problems, checkFiles()...)
+	for _, name := range o.Interfaces {
+		if _, err := clientDevice(ns, name); err != nil {
+			problems = append(problems, asProblem(err))
+		}
+	}
+	return append(problems, checkPorts(ns, o.SourcePortFirst, o.SourcePortLast)...)
+}
+
+// fatal joins the problems that Load cannot live with.
+func fatal(problems []Problem) error {
+	var errs []error
+	for _, p := range problems {
+		if !p.Warning {
+			errs = append(errs, p)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func asProblem(err error) Problem {
+	var p Problem
+	if errors.As(err, &p) {
+		return p
+	}
+	return Problem{What: err.Error(), Remedy: "see above"}
+}
+
+func checkKernel() []Problem {
+	var problems []Problem
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err == nil {
+		release := unix.ByteSliceToString(uts.Release[:])
+		if major, minor, ok := parseRelease(release); ok && (major < minMajor || major == minMajor && minor < minMinor) {
+			problems = append(problems, Problem{
+				What:   "kernel " + release + " is too old",
+				Remedy: fmt.Sprintf("run Linux %d.%d or newer", minMajor, minMinor),
+			})
+		}
+	}
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
+		problems = append(problems, Problem{
+			What:   "the kernel has no type information (/sys/kernel/btf/vmlinux)",
+			Remedy: "run a kernel built with CONFIG_DEBUG_INFO_BTF=y, and mount /sys",
+		})
+	}
+	return problems
+}
+
+func parseRelease(release string) (major, minor int, ok bool) {
+	n, err := fmt.Sscanf(release, "%d.%d", &major, &minor)
+	return major, minor, err == nil && n == 2
+}
+
+func checkCapabilities() []Problem {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return []Problem{{What: fmt.Sprintf("read capabilities: %v", err), Remedy: "run as root"}}
+	}
+	has := func(c int) bool { return data[c/32].Effective&(1<<(c%32)) != 0 }
+
+	var missing []string
+	if !has(unix.CAP_NET_ADMIN) {
+		missing = append(missing, "CAP_NET_ADMIN")
+	}
+	if !has(unix.CAP_SYS_ADMIN) {
+		if !has(unix.CAP_BPF) {
+			missing = append(missing, "CAP_BPF")
+		}
+		if !has(unix.CAP_PERFMON) {
+			missing = append(missing, "CAP_PERFMON")
+		}
+		if !hasBPFFS() {
+			missing = append(missing, "CAP_SYS_ADMIN (to mount bpffs)")
+		}
+	}
+	if missing == nil {
+		return nil
+	}
+	return []Problem{{
+		What:   "this process lacks " + strings.Join(missing, ", "),
+		Remedy: "run as root, or give the service these capabilities (AmbientCapabilities= in systemd)",
+	}}
+}
+
+func checkFiles() []Problem {
+	var problems []Problem
+	if _, err := os.Stat(bpffs); err != nil {
+		problems = append(problems, Problem{
+			What:   fmt.Sprintf("there is no place for bpffs: %v", err),
+			Remedy: "mount /sys: mount -t sysfs sysfs /sys",
+		})
+	}
+	file, err := os.OpenFile(tunDevice, os.O_RDWR, 0)
+	if err != nil {
+		return append(problems, Problem{
+			What:   fmt.Sprintf("no TAP device can be made: %v", err),
+			Remedy: "modprobe tun; in a container pass the device in: --device " + tunDevice,
+		})
+	}
+	file.Close() //nolint:errcheck // nothing was written
+	return problems
+}
+
+// clientDevice looks an interface up and refuses what no client packet can come
+// in by, or not as the programs need it. Its errors are Problems.
+func clientDevice(ns *namespace, name string) (netlink.Link, error) {
+	device, err := ns.LinkByName(name)
+	if err != nil {
+		return nil, Problem{What: fmt.Sprintf("interface %s: %v", name, err), Remedy: "see `ip link` for the names of this network namespace"}
+	}
+	if device.Attrs().Flags&unix.IFF_LOOPBACK != 0 {
+		return nil, Problem{
+			What:   "interface " + name + " is the loopback device, where no client's packet comes in",
+			Remedy: "attach the interface that faces the clients",
+		}
+	}
+	if !isEthernet(device) {
+		return nil, notEthernet(device)
+	}
+	return device, nil
+}
+
+func notEthernet(device netlink.Link) error {
+	return Problem{
+		What: fmt.Sprintf("interface %s carries no Ethernet frames (%s, %s)", device.Attrs().Name, device.Type(),
+			device.Attrs().EncapType),
+		Remedy: "use an Ethernet-like one: a NIC, bond, VLAN, bridge, veth or macvlan",
+	}
+}
+
+const (
+	sysctlPortRange = "/proc/sys/net/ipv4/ip_local_port_range"
+	sysctlReserved  = "/proc/sys/net/ipv4/ip_local_reserved_ports"
+
+	nodePortFirst, nodePortLast = 30000, 32767
+)
+
+// checkPorts looks whether our source ports could also be some socket's: both
+// would speak to one backend by one tuple, and the kernel programs would take the
+// socket's packets.
+func checkPorts(ns *namespace, first, last uint16) []Problem {
+	var problems []Problem
+	var ephemeral, reserved string
+	err := ns.do(func() error {
+		var errs [2]error
+		ephemeral, errs[0] = readLine(sysctlPortRange)
+		reserved, errs[1] = readLine(sysctlReserved)
+		return errors.Join(errs[:]...)
+	})
+	if err != nil {
+		return []Problem{{What: fmt.Sprintf("read the local port range: %v", err), Remedy: "mount /proc", Warning: true}}
+	}
+	low, high, ok := parsePortRange(ephemeral)
+	if ok && first <= high && last >= low && !coversPorts(reserved, max(first, low), min(last, high)) {
+		problems = append(problems, Problem{
+			What: fmt.Sprintf("the source ports %d-%d overlap the ports %d-%d this node gives its own connections", first, last, low, high),
+			Remedy: fmt.Sprintf("keep them apart: sysctl -w net.ipv4.ip_local_reserved_ports=%s",
+				joinPorts(reserved, max(first, low), min(last, high))),
+		})
+	}
+	if first <= nodePortLast && last >= nodePortFirst {
+		problems = append(problems, Problem{
+			What:    fmt.Sprintf("the source ports %d-%d overlap Kubernetes' NodePorts (%d-%d)", first, last, nodePortFirst, nodePortLast),
+			Remedy:  "on a Kubernetes node choose others",
+			Warning: true,
+		})
+	}
+	return problems
+}
+
+func readLine(path string) (string, error) {
+	text, err := os.ReadFile(path)
+	return strings.TrimSpace(string(text)), err
+}
+
+func parsePortRange(text string) (low, high uint16, ok bool) {
+	n, err := fmt.Sscan(text, &low, &high)
+	return low, high, err == nil && n == 2
+}
+
+// coversPorts reports whether a list like "8080,9000-9100" has all of first to last.
+func coversPorts(list string, first, last uint16) bool {
+	ports := make(map[uint16]bool)
+	scan := bufio.NewScanner(strings.NewReader(strings.ReplaceAll(list, ",", "\n")))
+	for scan.Scan() {
+		from, to, isRange := strings.Cut(scan.Text(), "-")
+		low, err := strconv.ParseUint(from, 10, 16)
+		high := low
+		if err == nil && isRange {
+			high, err = strconv.ParseUint(to, 10, 16)
+		}
+		if err != nil {
+			continue // then it reserves nothing that we could rely on
+		}
+		for p := low; p <= high; p++ {
+			ports[uint16(p)] = true
+		}
+	}
+	for p := int(first); p <= int(last); p++ {
+		if !ports[uint16(p)] {
+			return false
+		}
+	}
+	return true
+}
+
+func joinPorts(list string, first, last uint16) string {
+	ours := fmt.Sprintf("%d-%d", first, last)
+	if list == "" {
+		return ours
+	}
+	return list + "," + ours
+}
+
+// CheckBackend looks whether this machine could reach a backend by snilb: there is
+// a route, it is not this very node, and it leaves by an Ethernet interface.
+// Returns an error that is ErrUnreachable or ErrLocal if that is the reason.
+func CheckBackend(addr netip.AddrPort) error {
+	ns, err := currentNamespace()
+	if err != nil {
+		return err
+	}
+	defer ns.close() //nolint:errcheck // only read
+	r, err := lookupRoute(ns, addr.Addr().Unmap())
+	if err != nil {
+		return err
+	}
+	device, err := ns.LinkByIndex(r.ifindex)
+	if err != nil {
+		return fmt.Errorf("interface towards %v: %w", addr, err)
+	}
+	if !isEthernet(device) {
+		return fmt.Errorf("backend %v: %w", addr, notEthernet(device))
+	}
+	return nil
+}

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+
+	bpf "snilb/maps"
+)
+
+// Role is what an interface, and so the program on it, is for.
+type Role string
+
+// The roles.
+const (
+	RoleClient  Role = "client"
+	RoleBackend Role = "backend"
+	RoleTap     Role = "tap"
+)
+
+var programOf = map[Role]string{
+	RoleClient:  bpf.ProgramClient,
+	RoleBackend: bpf.ProgramBackend,
+	RoleTap:     bpf.ProgramTap,
+}
+
+// spec returns the object cut down to one role's program, with the constants of a
+// counter slot. All specs of an instance have the same maps.
+func (i *Instance) spec(role Role, slot uint32) (*ebpf.CollectionSpec, error) {
+	spec, err := bpf.Spec()
+	if err != nil {
+		return nil, fmt.Errorf("read the compiled programs: %w", err)
+	}
+	name := programOf[role]
+	maps.DeleteFunc(spec.Programs, func(other string, _ *ebpf.ProgramSpec) bool { return other != name })
+
+	entries := uint32(i.opts.FlowEntries) * 2 // one a direction
+	spec.Maps[mapFlows4].MaxEntries = entries
+	spec.Maps[mapFlows6].MaxEntries = entries
+	spec.Maps[mapRings].InnerMap.MaxEntries = uint32(i.opts.RingSize)
+
+	err = errors.Join(
+		set(spec, bpf.VarCounterSlot, slot),
+		set(spec, bpf.VarWorkers, uint32(i.opts.Workers)),
+		set(spec, bpf.VarSourcePortFirst, i.opts.SourcePortFirst),
+		set(spec, bpf.VarSourcePortLast, i.opts.SourcePortLast),
+		set(spec, bpf.VarDeadAfter, uint64(i.opts.DeadAfter)),
+		set(spec, bpf.VarRingBusy, uint64(i.opts.RingSize)/8*7),
+		set(spec, bpf.VarHasCsumIPv6, i.hasCsumIPv6),
+	)
+	return spec, err
+}
+
+// The maps whose size the options set. Their names are the tags of maps.Tables.
+const (
+	mapFlows4 = "flows4"
+	mapFlows6 = "flows6"
+	mapRings  = "rings"
+)
+
+func set(spec *ebpf.CollectionSpec, name string, value any) error {
+	v, ok := spec.Variables[name]
+	if !ok {
+		return fmt.Errorf("the compiled programs have no constant %s", name)
+	}
+	if err := v.Set(value); err != nil {
+		return fmt.Errorf("set %s: %w", name, err)
+	}
+	return nil
+}
+
+// createMaps makes the maps all programs of the instance share. What begins with a
+// dot are the constants of one load.
+func (i *Instance) createMaps() error {
+	spec, err := i.spec(RoleTap, 0)
+	if err != nil {
+		return err
+	}
+	clear(spec.Programs)
+	maps.DeleteFunc(spec.Maps, func(name string, _ *ebpf.MapSpec) bool { return strings.HasPrefix(name, ".") })
+	spec.Variables = nil
+	coll, err := ebpf.NewCollection(spec)
+	if err != nil {
+		return fmt.Errorf("create maps: %w", err)
+	}
+	defer coll.Close()
+	if err := coll.Assign(i.tables); err != nil {
+		return fmt.Errorf("create maps: %w", err)
+	}
+	for name := range coll.Maps {
+		i.shared[name] = coll.DetachMap(name)
+	}
+	for _, m := range i.tables.All() {
+		i.shared[m.Name] = m.Map
+	}
+	return nil
+}
+
+func (i *Instance) createRings() error {
+	for worker := range uint32(i.opts.Workers) {
+		ring, err := ebpf.NewMap(&ebpf.MapSpec{
+			Name:       fmt.Sprintf("snilb_ring%d", worker),
+			Type:       ebpf.RingBuf,
+			MaxEntries: uint32(i.opts.RingSize),
+		})
+		if err != nil {
+			return fmt.Errorf("create ring %d: %w", worker, err)
+		}
+		i.rings = append(i.rings, ring)
+		if err := i.tables.Rings.Put(&worker, ring); err != nil {
+			return fmt.Errorf("create ring %d: %w", worker, err)
+		}
+	}
+	return nil
+}
+
+// loadProgram loads a copy of a role's program that counts in a slot of its own.
+func (i *Instance) loadProgram(role Role, slot uint32) (*ebpf.Program, error) {
+	spec, err := i.spec(role, slot)
+	if err != nil {
+		return nil, err
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
+	if err != nil {
+		return nil, fmt.Errorf("load program %s: %w", programOf[role], err)
+	}
+	defer coll.Close()
+	return coll.DetachProgram(programOf[role]), nil
+}
+
+// probeCsumIPv6 asks the kernel whether bpf_l4_csum_replace knows BPF_F_IPV6, by
+// running it: the flag came with 6.16 and was given to older stable kernels too, so
+// the version says nothing. A kernel without it corrupts the sum of a packet whose
+// sum is the device's to finish; only IPv6 is concerned.
+func probeCsumIPv6() (bool, error) {
+	const pseudoHeader, ipv6 = 1 << 4, 1 << 7
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "snilb_probe",
+		Type: ebpf.SchedCLS,
+		Instructions: asm.Instructions{
+			asm.Mov.Imm(asm.R2, 50), // somewhere in the packet
+			asm.Mov.Imm(asm.R3, 0),
+			asm.Mov.Imm(asm.R4, 1),
+			asm.Mov.Imm(asm.R5, pseudoHeader|ipv6),
+			asm.FnL4CsumReplace.Call(),
+			asm.Return(),
+		},
+		License: "GPL",
+	})
+	if err != nil {
+		return false, fmt.Errorf("probe the checksum helper: %w", err)
+	}
+	defer prog.Close() //nolint:errcheck // gone with the process at the latest
+	result, err := prog.Run(&ebpf.RunOptions{Data: make([]byte, 64)})
+	if err != nil {
+		return false, fmt.Errorf("probe the checksum helper: %w", err)
+	}
+	return result == 0, nil
+}

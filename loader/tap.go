@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	tunDevice = "/dev/net/tun"
+
+	// The most a TAP device takes: 65535 without its Ethernet header.
+	tapMTU = 65535 - 14
+	// Nobody reads from the device, so what the stack sends there need not wait.
+	tapQueueLength = 16
+	// IN6_ADDR_GEN_MODE_NONE: no link-local address, so no router solicitations.
+	noAddressMode = 1
+)
+
+// tap is the device by which the engine sends packets. It is persistent, because
+// flows may be bound while no daemon runs and the link on it must stay alive.
+type tap struct {
+	name   string
+	index  int
+	queues []*os.File
+}
+
+func tapAlias(instance string) string {
+	return "snilb " + instance
+}
+
+// createTap makes the device with one queue a worker. What exists of it when an
+// error is returned is in i.tap and removed by Close.
+func (i *Instance) createTap() error {
+	return i.ns.do(func() error {
+		first, name, err := openQueue("snilb%d") // the kernel takes the next free number
+		if err != nil {
+			return err
+		}
+		i.tap = &tap{name: name, queues: []*os.File{first}}
+		device, err := i.ns.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("find TAP device %s: %w", name, err)
+		}
+		i.tap.index = device.Attrs().Index
+		// The alias before it is made persistent: a device that outlives us says whose it is.
+		if err := i.ns.LinkSetAlias(device, tapAlias(i.opts.Name)); err != nil {
+			return fmt.Errorf("set alias of %s: %w", name, err)
+		}
+		if err := unix.IoctlSetInt(int(first.Fd()), unix.TUNSETPERSIST, 1); err != nil {
+			return fmt.Errorf("make %s persistent: %w", name, err)
+		}
+		for range i.opts.Workers - 1 {
+			queue, _, err := openQueue(name)
+			if err != nil {
+				return err
+			}
+			i.tap.queues = append(i.tap.queues, queue)
+		}
+		return i.configureTap(device)
+	})
+}
+
+// openQueue opens a queue of a device, and makes the device if there is none. The
+// file blocks: it is never given to the runtime's poller.
+func openQueue(name string) (*os.File, string, error) {
+	fd, err := unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, "", fmt.Errorf("open %s: %w; modprobe tun", tunDevice, err)
+	}
+	request, err := unix.NewIfreq(name)
+	if err == nil {
+		request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_MULTI_QUEUE)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
+	}
+	if err != nil {
+		return nil, "", errors.Join(fmt.Errorf("open a queue of TAP device %s: %w", name, err), unix.Close(fd))
+	}
+	return os.NewFile(uintptr(fd), tunDevice), request.Name(), nil
+}
+
+// configureTap makes the device silent: all that leaves or enters it is written by
+// the engine.
+func (i *Instance) configureTap(device netlink.Link) error {
+	name := device.Attrs().Name
+	steps := []struct {
+		what string
+		err  error
+	}{
+		{"turn ARP off", i.ns.LinkSetARPOff(device)},
+		{"set MTU", i.ns.LinkSetMTU(device, tapMTU)},
+		{"set queue length", i.ns.LinkSetTxQLen(device, tapQueueLength)},
+		{"turn IPv6 off", quietIPv6(i.ns, device)},
+		{"set up", i.ns.LinkSetUp(device)},
+	}
+	for _, step := range steps {
+		if step.err != nil {
+			return fmt.Errorf("%s on %s: %w", step.what, name, step.err)
+		}
+	}
+	return nil
+}
+
+// quietIPv6 wants the sysctl or the address mode: in a container /proc/sys may be
+// read-only, and a kernel without IPv6 has neither.
+func quietIPv6(ns *namespace, device netlink.Link) error {
+	mode := ns.LinkSetIP6AddrGenMode(device, noAddressMode)
+	off := os.WriteFile("/proc/sys/net/ipv6/conf/"+device.Attrs().Name+"/disable_ipv6", []byte("1"), 0)
+	if mode == nil || off == nil || errors.Is(off, fs.ErrNotExist) {
+		return nil
+	}
+	return errors.Join(mode, off)
+}
+
+func (t *tap) close(ns *namespace) error {
+	var errs []error
+	for _, queue := range t.queues {
+		errs = append(errs, queue.Close())
+	}
+	if t.index != 0 {
+		errs = append(errs, deleteLink(ns, t.index))
+	}
+	return errors.Join(errs...)
+}
+
+func deleteLink(ns *namespace, index int) error {
+	device, err := ns.LinkByIndex(index)
+	if err == nil {
+		err = ns.LinkDel(device)
+	}
+	if err != nil && !isGone(err) {
+		return fmt.Errorf("remove TAP device: %w", err)
+	}
+	return nil
+}
+
+// leftTaps lists the TAP devices of an instance.
+func leftTaps(ns *namespace, instance string) ([]netlink.Link, error) {
+	all, err := ns.links()
+	if err != nil {
+		return nil, err
+	}
+	var ours []netlink.Link
+	for _, device := range all {
+		if device.Type() == "tuntap" && device.Attrs().Alias == tapAlias(instance) {
+			ours = append(ours, device)
+		}
+	}
+	return ours, nil
+}

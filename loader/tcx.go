@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// tcxHook is a program attached by a link of its own (Linux 6.6).
+type tcxHook struct {
+	link   link.Link
+	pinned string
+}
+
+// attachTCX returns an error that is ebpf.ErrNotSupported if the kernel has no tcx.
+func (i *Instance) attachTCX(a *attachment) (hook, error) {
+	l, err := link.AttachTCX(link.TCXOptions{
+		Interface: a.ifindex,
+		Program:   a.prog,
+		Attach:    ebpf.AttachTCXIngress,
+		Anchor:    i.anchor(a),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &tcxHook{link: l}, nil
+}
+
+// anchor keeps our programs of one interface together, the client's first: a bound
+// client packet then never passes the backend program.
+func (i *Instance) anchor(a *attachment) link.Anchor {
+	if other := i.neighbour(a); other != nil {
+		if l, ok := other.hook.(*tcxHook); ok {
+			if a.role == RoleClient {
+				return link.BeforeLink(l.link)
+			}
+			return link.AfterLink(l.link)
+		}
+	}
+	if i.opts.Order == OrderLast {
+		return link.Tail()
+	}
+	return link.Head()
+}
+
+func (h *tcxHook) kind() string { return "tcx" }
+
+func (h *tcxHook) pin(path string) error {
+	if err := h.link.Pin(path); err != nil {
+		return err
+	}
+	h.pinned = path
+	return nil
+}
+
+// detach says so to the kernel: to drop the last reference would take the program
+// off only some time later.
+func (h *tcxHook) detach() error {
+	err := h.link.Detach()
+	if errors.Is(err, unix.ENOLINK) {
+		err = nil
+	}
+	if h.pinned != "" {
+		err = errors.Join(err, removeFile(h.pinned))
+	}
+	return errors.Join(err, h.link.Close())
+}
+
+func (h *tcxHook) alive() bool {
+	info, err := h.link.Info()
+	return err == nil && info.TCX() != nil && info.TCX().Ifindex != 0
+}
+
+// removePinnedLink takes off what a dead daemon pinned.
+func removePinnedLink(path string) error {
+	l, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return fmt.Errorf("open pinned link %s: %w", path, err)
+	}
+	return (&tcxHook{link: l, pinned: path}).detach()
+}
