@@ -41,9 +41,13 @@ func FuzzParse(f *testing.F) {
 
 // TestNesting must not overflow the stack, which no recover would catch.
 func TestNesting(t *testing.T) {
-	for _, unit := range []string{"[", "{a: ", "- ", "? ", "!t ", "!t\n", "&a ", "&a\n", "*", "a: ", "- ? ", "[a: ", "|\n ", "%"} {
+	for _, unit := range []string{"[", "{a: ", "- ", "? ", "!t ", "!t\n", "&a ", "&a\n", "*", "a: ", "- ? ", "[a: ", "|\n ", "%", ":", "a:"} {
 		if _, err := Parse("f", []byte(strings.Repeat(unit, 100_000))); err == nil {
 			t.Errorf("%q repeated is a valid file", unit)
+		}
+		// In a list in braces colons are looked at by our own code.
+		if _, err := Parse("f", []byte("{a: [b"+strings.Repeat(unit, 100_000))); err == nil {
+			t.Errorf("%q repeated in a list is a valid file", unit)
 		}
 	}
 }

@@ -82,18 +82,17 @@ func joinColons(tokens token.Tokens) token.Tokens {
 			open = open[:max(len(open)-1, 0)]
 		}
 		inList := len(open) > 0 && open[len(open)-1] == token.SequenceStartType
-		if inList && plain(tk) {
-			last := i
-			for last+1 < len(tokens) && touches(tokens[last], tokens[last+1]) && (plain(tokens[last+1]) || midColon(tokens, last+1)) {
-				last++
+		last := i
+		if inList {
+			last = valueEnd(tokens, i)
+		}
+		if last > i {
+			var text, origin strings.Builder
+			for _, part := range tokens[i : last+1] {
+				text.WriteString(part.Value)
+				origin.WriteString(part.Origin)
 			}
-			if last > i {
-				text, origin := "", ""
-				for _, part := range tokens[i : last+1] {
-					text, origin = text+part.Value, origin+part.Origin
-				}
-				tk, i = token.String(text, origin, tk.Position), last
-			}
+			tk, i = token.String(text.String(), origin.String(), tk.Position), last
 		}
 		joined.Add(tk)
 	}
@@ -106,10 +105,21 @@ func plain(tk *token.Token) bool {
 		tk.Type != token.CommentType && tk.Type != token.InvalidType
 }
 
-// midColon says that the token is a colon with a value right behind it.
-func midColon(tokens token.Tokens, i int) bool {
-	return tokens[i].Type == token.MappingValueType && i+1 < len(tokens) && touches(tokens[i], tokens[i+1]) &&
-		(plain(tokens[i+1]) || midColon(tokens, i+1))
+// valueEnd returns the last token of the unquoted value that begins at i: all
+// that follows without a space, up to the last that is no colon.
+func valueEnd(tokens token.Tokens, i int) int {
+	end := i
+	if !plain(tokens[i]) {
+		return end
+	}
+	for j := i + 1; j < len(tokens) && touches(tokens[j-1], tokens[j]); j++ {
+		if plain(tokens[j]) {
+			end = j
+		} else if tokens[j].Type != token.MappingValueType {
+			break
+		}
+	}
+	return end
 }
 
 // unquoted finds the YAML features that are refused, which are mostly host name
@@ -148,13 +158,14 @@ func touches(a, b *token.Token) bool {
 // adjacent joins the token at i and those that follow it without a space. It
 // returns the text and the index of the last token used.
 func adjacent(tokens token.Tokens, i int) (string, int) {
-	text := tokens[i].Value
+	var text strings.Builder
+	text.WriteString(tokens[i].Value)
 	for i+1 < len(tokens) && touches(tokens[i], tokens[i+1]) &&
 		(tokens[i+1].Type == token.AliasType || tokens[i+1].Type == token.StringType) {
 		i++
-		text += tokens[i].Value
+		text.WriteString(tokens[i].Value)
 	}
-	return text, i
+	return text.String(), i
 }
 
 // bracketed returns the [ that belongs to the ] at end, and the text from there

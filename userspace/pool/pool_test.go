@@ -109,6 +109,9 @@ func TestRoundRobinPlan(t *testing.T) {
 		{[]int{6, 4, 2}, "abaabc"},
 	}
 	for _, tt := range tests {
+		if n := len(plan(servers(tt.weights...))); n != len(tt.want) {
+			t.Errorf("%v: a round has %d turns, want %d", tt.weights, n, len(tt.want))
+		}
 		b := NewRoundRobin(servers(tt.weights...))
 		for range 2 { // The second round is like the first.
 			var got strings.Builder
