@@ -9,5 +9,5 @@ import "errors"
 // international refuses U-labels: golang.org/x/net/idna needs a module that
 // go.mod does not name yet. With it there, this file and the build tag go.
 func international(string) (string, error) {
-	return "", errors.New("U-labels are not supported yet, write A-labels (xn--...)")
+	return "", errors.New("international names are not supported yet, write A-labels (xn--)")
 }

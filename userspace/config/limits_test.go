@@ -3,6 +3,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -13,7 +14,7 @@ func TestLongName(t *testing.T) {
 	if _, err := CanonicalName(longest + "."); err != nil {
 		t.Errorf("%d bytes: %v", len(longest), err)
 	}
-	if _, err := CanonicalName(longest + "a"); err != errLongName {
+	if _, err := CanonicalName(longest + "a"); !errors.Is(err, errLongName) {
 		t.Errorf("%d bytes: %v", len(longest)+1, err)
 	}
 }
