@@ -18,8 +18,8 @@
 //	/run/snilb/NAME.lock                     held by flock while the daemon lives; its pid and interfaces
 //	snilb0, snilb1 ...                       the TAP device, with "snilb NAME" as its alias
 //
-// Outside of the network namespace of process 1, NAME is NAME@COOKIE: all network
-// namespaces of a machine share one bpffs.
+// Outside of the machine's first network namespace, NAME is NAME@COOKIE: all network
+// namespaces may share one bpffs.
 //
 // An instance belongs to the network namespace that Load was called in. Its methods
 // may be called from any thread.

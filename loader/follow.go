@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -32,10 +31,22 @@ var followed = []uint{
 	unix.RTNLGRP_NEXTHOP,
 }
 
-// Run follows the network until ctx ends, and then returns nil: addresses come and
+// Run follows the network until ctx ends or Close is called, and then returns nil: addresses come and
 // go at wildcard listeners, routes move next hops and backends, interfaces that come
 // back get their programs again.
 func (i *Instance) Run(ctx context.Context) error {
+	i.mu.Lock()
+	if i.closed {
+		i.mu.Unlock()
+		return nil
+	}
+	i.runs.Add(1)
+	i.mu.Unlock()
+	defer i.runs.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(i.ctx, cancel)()
+
 	for {
 		err := i.follow(ctx)
 		if ctx.Err() != nil {
@@ -72,7 +83,7 @@ func (i *Instance) follow(ctx context.Context) error {
 	i.cache.flush() // what changed before the subscription
 	for {
 		began := time.Now()
-		i.resync()
+		i.resync(ctx)
 		pause := max(settleTime, resyncShare*time.Since(began))
 		select {
 		case <-ctx.Done():
@@ -108,7 +119,7 @@ func (i *Instance) receive(socket *nl.NetlinkSocket, changed chan<- struct{}, en
 
 // resync asks the kernel for everything that Run follows. Errors are logged: the
 // next change, or a packet, tries again.
-func (i *Instance) resync() {
+func (i *Instance) resync(ctx context.Context) {
 	if err := i.resyncInterfaces(); err != nil {
 		i.log.Error("follow interfaces", "error", err)
 	}
@@ -123,6 +134,9 @@ func (i *Instance) resync() {
 	}
 	// Backends first: bound flows may go a new way only when answers are expected there.
 	for _, addr := range i.backends.addresses() {
+		if ctx.Err() != nil {
+			return
+		}
 		problem := ""
 		if _, err := i.resolve(addr); err != nil {
 			problem = err.Error()
@@ -131,7 +145,7 @@ func (i *Instance) resync() {
 			i.log.Warn("backend out of reach", "backend", addr, "error", problem)
 		}
 	}
-	if err := i.refreshHops(mtu); err != nil {
+	if err := i.hops.refresh(func(ifindex int) int { return mtu[ifindex] }); err != nil {
 		i.log.Error("follow routes", "error", err)
 	}
 }
@@ -176,12 +190,4 @@ func (i *Instance) reattach() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// refreshHops asks for each route once, however many entries it stands for.
-func (i *Instance) refreshHops(mtu map[int]int) error {
-	return i.hops.refresh(
-		func(ifindex int) int { return mtu[ifindex] },
-		func(dst netip.Addr) (route, error) { return lookupRoute(i.ns, dst) },
-	)
 }

@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -37,6 +38,10 @@ type Instance struct {
 	cache    routeCache
 	backends backendSet
 
+	stop context.CancelFunc // of every Run
+	ctx  context.Context    // done when stop was called
+	runs sync.WaitGroup
+
 	mu sync.Mutex // guards the rest
 	// attached holds the reference to every link: a link that is collected as garbage takes its program off.
 	attached  map[attachKey]*attachment
@@ -69,6 +74,7 @@ func Load(o Options) (_ *Instance, err error) {
 	if i.ns, err = currentNamespace(); err != nil {
 		return nil, err
 	}
+	i.ctx, i.stop = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, i.Close())
@@ -165,9 +171,10 @@ func (i *Instance) build() (err error) {
 			return err
 		}
 	}
-	i.hops = newHopTable(func(index uint32, hop *maps.Nexthop) error {
-		return i.tables.Nexthops.Put(&index, hop)
-	})
+	i.hops = newHopTable(
+		func(index uint32, hop *maps.Nexthop) error { return i.tables.Nexthops.Put(&index, hop) },
+		func(dst netip.Addr) (route, error) { return lookupRoute(i.ns, dst) },
+	)
 	return nil
 }
 
@@ -200,17 +207,22 @@ func (i *Instance) pinMaps() error {
 	return nil
 }
 
-// Close takes everything out of the kernel that Load and Attach put there. It goes
-// on after an error and returns all of them; a second call does nothing.
+// Close takes everything out of the kernel that Load and Attach put there, and ends
+// Run. It goes on after an error and returns all of them; a second call does
+// nothing. Whoever uses the tables, rings and queues has to stop before.
 func (i *Instance) Close() error {
 	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.closed {
+	again := i.closed
+	i.closed = true // from here on nothing is attached any more
+	i.mu.Unlock()
+	if again {
 		return nil
 	}
-	i.closed = true
-	i.serving = false
+	i.stop()
+	i.runs.Wait()
 
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	errs := []error{i.detachAll()}
 	if i.tap != nil {
 		errs = append(errs, i.tap.close(i.ns))

@@ -19,7 +19,7 @@ import (
 type namespace struct {
 	*netlink.Handle
 	fd netns.NsHandle
-	// suffix tells its instances from those of other namespaces: "" for that of process 1.
+	// suffix tells its instances from those of other namespaces: "" for the machine's first.
 	suffix string
 }
 
@@ -43,7 +43,7 @@ func currentNamespace() (_ *namespace, err error) {
 }
 
 func (n *namespace) close() error {
-	n.Handle.Close()
+	n.Close()
 	return n.fd.Close()
 }
 
@@ -74,18 +74,20 @@ func (n *namespace) do(f func() error) (err error) {
 	return f()
 }
 
-// namespaceSuffix is "" in the network namespace of process 1, else "@" and the
-// namespace's cookie, which unlike its inode number is never used twice.
+// globalSysctl is one of those that a kernel shows in its first network namespace
+// only, as they are for the whole machine.
+const globalSysctl = "/proc/sys/net/core/netdev_budget"
+
+// namespaceSuffix is "" in the machine's first network namespace, else "@" and the
+// namespace's cookie, which unlike its inode number is never used twice. To compare
+// with the namespace of process 1 would want the right to trace it, which a service
+// with few capabilities lacks and its operator has, so that they would disagree; and
+// a container's process 1 is not the machine's, while its bpffs may be.
 func namespaceSuffix() (string, error) {
-	mine, err := os.Readlink("/proc/thread-self/ns/net")
-	if err != nil {
-		return "", fmt.Errorf("read the network namespace: %w; is /proc mounted?", err)
+	if _, err := os.Stat("/proc/sys/net"); err != nil {
+		return "", fmt.Errorf("tell the network namespace: %w; mount /proc", err)
 	}
-	first, err := os.Readlink("/proc/1/ns/net")
-	if err != nil {
-		return "", fmt.Errorf("read the network namespace of process 1: %w; run as root", err)
-	}
-	if mine == first {
+	if _, err := os.Stat(globalSysctl); err == nil {
 		return "", nil
 	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)

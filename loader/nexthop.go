@@ -45,7 +45,7 @@ func lookupRoute(ns *namespace, dst netip.Addr) (route, error) {
 	}
 	found, err := ns.RouteGet(dst.AsSlice())
 	if err != nil {
-		return route{}, fmt.Errorf("%w to %v (%v); see `ip route get %v`", ErrUnreachable, dst, err, dst)
+		return route{}, fmt.Errorf("%w to %v (%w); see `ip route get %v`", ErrUnreachable, dst, err, dst)
 	}
 	if len(found) == 0 {
 		return route{}, fmt.Errorf("%w to %v", ErrUnreachable, dst)
@@ -94,8 +94,9 @@ func keyOf(dst netip.Addr, r route) hopKey {
 // hop is one entry of the nexthops table. Bound flows hold its index, so it is
 // never given away, but may be pointed elsewhere when its destinations move.
 type hop struct {
-	key     hopKey
-	mtu     int // 0: the interface is gone
+	home    hopKey // what it was made for
+	key     hopKey // where it points now
+	mtu     int    // 0: the interface is gone
 	samples []netip.Addr
 }
 
@@ -105,14 +106,22 @@ const hopSamples = 8
 // hopTable is the nexthops table as user space knows it.
 type hopTable struct {
 	write func(uint32, *maps.Nexthop) error
+	find  func(netip.Addr) (route, error) // asks the kernel
 
-	mu    sync.Mutex
-	byKey map[hopKey]uint16
-	hops  []hop // by index; 0 stays unset
+	mu     sync.Mutex
+	byKey  map[hopKey]uint16 // what new flows are given
+	byHome map[hopKey]uint16
+	hops   []hop // by index; 0 stays unset
 }
 
-func newHopTable(write func(uint32, *maps.Nexthop) error) *hopTable {
-	return &hopTable{write: write, byKey: make(map[hopKey]uint16), hops: make([]hop, 1)}
+func newHopTable(write func(uint32, *maps.Nexthop) error, find func(netip.Addr) (route, error)) *hopTable {
+	return &hopTable{
+		write:  write,
+		find:   find,
+		byKey:  make(map[hopKey]uint16),
+		byHome: make(map[hopKey]uint16),
+		hops:   make([]hop, 1),
+	}
 }
 
 // index finds or adds the entry of a destination. linkMTU is that of the route's
@@ -124,12 +133,9 @@ func (t *hopTable) index(dst netip.Addr, r route, linkMTU int) (index uint16, mt
 	mtu = effectiveMTU(key.mtu, linkMTU)
 	index, ok := t.byKey[key]
 	if !ok {
-		if len(t.hops) >= maps.MaxNexthops {
-			return 0, 0, fmt.Errorf("all %d next hops are taken: restart the daemon", maps.MaxNexthops-1)
+		if index, err = t.homeOrNew(key); err != nil {
+			return 0, 0, err
 		}
-		index = uint16(len(t.hops))
-		t.hops = append(t.hops, hop{key: key})
-		t.byKey[key] = index
 	}
 	h := &t.hops[index]
 	if len(h.samples) < hopSamples && !slices.Contains(h.samples, dst) {
@@ -140,6 +146,27 @@ func (t *hopTable) index(dst netip.Addr, r route, linkMTU int) (index uint16, mt
 	}
 	h.mtu = mtu
 	return index, mtu, t.store(index)
+}
+
+// homeOrNew takes back the entry that was made for a next hop, if its destinations
+// have all come back too: a route that flaps would use up the table otherwise. t.mu
+// is held.
+func (t *hopTable) homeOrNew(key hopKey) (uint16, error) {
+	if index, ok := t.byHome[key]; ok {
+		h := &t.hops[index]
+		if h.follow(t.find) == key {
+			t.move(index, key)
+			h.mtu = 0 // unlike any: it is to be written
+			return index, nil
+		}
+	}
+	if len(t.hops) >= maps.MaxNexthops {
+		return 0, fmt.Errorf("all %d next hops are taken: restart the daemon", maps.MaxNexthops-1)
+	}
+	index := uint16(len(t.hops))
+	t.hops = append(t.hops, hop{home: key, key: key})
+	t.byKey[key], t.byHome[key] = index, index
+	return index, nil
 }
 
 func effectiveMTU(routeMTU, linkMTU int) int {
@@ -169,14 +196,14 @@ func (t *hopTable) store(index uint16) error {
 // and entries whose destinations all moved to another next hop, which bound flows
 // must follow. linkMTU is 0 for an interface that is gone. The routes are asked for
 // without the lock: workers want it too.
-func (t *hopTable) refresh(linkMTU func(ifindex int) int, find func(netip.Addr) (route, error)) error {
+func (t *hopTable) refresh(linkMTU func(ifindex int) int) error {
 	t.mu.Lock()
 	before := slices.Clone(t.hops)
 	t.mu.Unlock()
 
 	now := make([]hopKey, len(before))
 	for n := 1; n < len(before); n++ {
-		now[n] = before[n].follow(find)
+		now[n] = before[n].follow(t.find)
 	}
 
 	t.mu.Lock()
@@ -184,7 +211,7 @@ func (t *hopTable) refresh(linkMTU func(ifindex int) int, find func(netip.Addr) 
 	var errs []error
 	for n := 1; n < len(before); n++ {
 		h := &t.hops[n]
-		moved := now[n] != h.key
+		moved := now[n] != h.key && h.key == before[n].key // else a worker saw the change first
 		if moved {
 			t.move(uint16(n), now[n])
 		}

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"strconv"
@@ -162,7 +163,7 @@ func clientDevice(ns *namespace, name string) (netlink.Link, error) {
 	if err != nil {
 		return nil, Problem{What: fmt.Sprintf("interface %s: %v", name, err), Remedy: "see `ip link` for the names of this network namespace"}
 	}
-	if device.Attrs().Flags&unix.IFF_LOOPBACK != 0 {
+	if device.Attrs().Flags&net.FlagLoopback != 0 {
 		return nil, Problem{
 			What:   "interface " + name + " is the loopback device, where no client's packet comes in",
 			Remedy: "attach the interface that faces the clients",
