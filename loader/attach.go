@@ -32,6 +32,8 @@ type hook interface {
 	alive() bool
 }
 
+var errClosed = errors.New("the instance is closed: load it again")
+
 type attachKey struct {
 	ifindex int
 	role    Role
@@ -75,7 +77,7 @@ func (i *Instance) Attach() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.closed {
-		return errors.New("the instance is closed: load it again")
+		return errClosed
 	}
 	tapDevice, err := i.ns.LinkByIndex(i.tap.index)
 	if err != nil {

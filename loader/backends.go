@@ -7,8 +7,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-
-	"github.com/vishvananda/netlink"
 )
 
 // backendSet is what is known of the backends, by address.
@@ -127,14 +125,18 @@ func (s *backendSet) missing(dst netip.Addr, r route, mtu int) []uint16 {
 
 // settle makes a backend's answers reach the engine by this route; it does nothing
 // for other addresses.
-func (i *Instance) settle(dst netip.Addr, r route, device netlink.Link, mtu int) error {
+func (i *Instance) settle(dst netip.Addr, r route, mtu int) error {
 	if len(i.backends.missing(dst, r, mtu)) == 0 {
 		return nil
+	}
+	device, err := i.ns.LinkByIndex(r.ifindex)
+	if err != nil {
+		return fmt.Errorf("%w to %v: its interface is gone (%w)", ErrUnreachable, dst, err)
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.closed {
-		return fmt.Errorf("the instance is closed")
+		return errClosed
 	}
 	if !r.source.IsValid() {
 		return fmt.Errorf("%w with a source address; give interface %s an address of that family", ErrUnreachable, device.Attrs().Name)

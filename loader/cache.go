@@ -21,6 +21,9 @@ const (
 type routeCache struct {
 	generation atomic.Uint64 // raised by flush
 	shards     [cacheShards]cacheShard
+
+	mu   sync.RWMutex // guards mtus
+	mtus map[int]int  // of links, by their index
 }
 
 type cacheShard struct {
@@ -68,4 +71,32 @@ func (c *routeCache) flush() {
 		s.known = nil
 		s.mu.Unlock()
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mtus = nil
+}
+
+// linkMTU returns the MTU of a link, which is asked for once until the next flush:
+// an interface's description is long, and takes twice the time of a route.
+func (c *routeCache) linkMTU(ns *namespace, ifindex int) (int, error) {
+	c.mu.RLock()
+	mtu, ok := c.mtus[ifindex]
+	c.mu.RUnlock()
+	if ok {
+		return mtu, nil
+	}
+	generation := c.generation.Load()
+	device, err := ns.LinkByIndex(ifindex)
+	if err != nil {
+		return 0, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.generation.Load() == generation {
+		if c.mtus == nil {
+			c.mtus = make(map[int]int)
+		}
+		c.mtus[ifindex] = device.Attrs().MTU
+	}
+	return device.Attrs().MTU, nil
 }

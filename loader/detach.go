@@ -123,9 +123,20 @@ func removeDir(dir string) error {
 	return nil
 }
 
-// deadHolder returns the instance that has a client program on an interface, be its
-// daemon dead or not; "" if there is none.
-func deadHolder(ns *namespace, iface string) (string, error) {
+// Holder returns the instance that has its client program on an interface of the
+// calling thread's network namespace, be its daemon alive or dead; "" if there is
+// none.
+func Holder(iface string) (name string, err error) {
+	ns, err := currentNamespace()
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, ns.close()) }()
+	return holder(ns, iface)
+}
+
+// holder is Holder in a namespace.
+func holder(ns *namespace, iface string) (string, error) {
 	entries, err := os.ReadDir(stateDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("list instances: %w", err)

@@ -331,6 +331,9 @@ func TestLeftoversAreRemoved(t *testing.T) {
 		if _, err := Load(other); err == nil || !strings.Contains(err.Error(), "--name test") {
 			t.Errorf("another instance on a dead one's interface: %v", err)
 		}
+		if name, err := Holder("eth0"); name != "test" || err != nil {
+			t.Errorf("holder %q, %v", name, err)
+		}
 		must(t, Detach("test", o.Logger))
 		wantSame(t, snapshot(t, ns), before)
 		if err := Detach("test", o.Logger); !errors.Is(err, ErrNothing) {

@@ -138,7 +138,7 @@ func (i *Instance) refuseTaken() error {
 		}
 	}
 	for _, name := range i.opts.Interfaces {
-		other, err := deadHolder(i.ns, name)
+		other, err := holder(i.ns, name)
 		if err != nil {
 			return err
 		}

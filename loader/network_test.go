@@ -475,3 +475,26 @@ func BenchmarkNextHopHit(b *testing.B) {
 		}
 	})
 }
+
+// An address that was not asked for since the last change.
+func BenchmarkNextHopMiss(b *testing.B) {
+	newNetns(b)
+	addVeth(b, "eth0", "10.9.0.1/24")
+	i := load(b, testOptions(b, "eth0"))
+	for b.Loop() {
+		if _, err := i.resolve(addr("10.9.0.2")); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// The kernel's part of a miss.
+func BenchmarkLookupRoute(b *testing.B) {
+	ns := newNetns(b)
+	addVeth(b, "eth0", "10.9.0.1/24")
+	for b.Loop() {
+		if _, err := lookupRoute(ns, addr("10.9.0.2")); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -261,7 +261,9 @@ func (t *hopTable) move(index uint16, to hopKey) {
 // NextHop returns how packets to an address leave this node, as the kernel routes
 // them, and makes sure that the nexthops table has it. Returns an error that is
 // ErrLocal for an address of this node, and one that is ErrUnreachable if there is
-// no route. Known addresses cost no system call.
+// no route. Known addresses cost no system call. The question is asked without a
+// source address or interface: policy routing by source is not seen, and a
+// link-local destination is looked for on one link only.
 func (i *Instance) NextHop(dst netip.Addr) (NextHop, error) {
 	dst = dst.Unmap()
 	if h, ok := i.cache.get(dst); ok {
@@ -276,16 +278,16 @@ func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {
 	if err != nil {
 		return NextHop{}, err
 	}
-	device, err := i.ns.LinkByIndex(r.ifindex)
+	linkMTU, err := i.cache.linkMTU(i.ns, r.ifindex)
 	if err != nil {
 		return NextHop{}, fmt.Errorf("%w to %v: its interface is gone (%w)", ErrUnreachable, dst, err)
 	}
-	index, mtu, err := i.hops.index(dst, r, device.Attrs().MTU)
+	index, mtu, err := i.hops.index(dst, r, linkMTU)
 	if err != nil {
 		return NextHop{}, err
 	}
 	// Before anybody speaks from a new source or by a new interface, the answer must find its way.
-	if err := i.settle(dst, r, device, mtu); err != nil {
+	if err := i.settle(dst, r, mtu); err != nil {
 		return NextHop{}, err
 	}
 	h := NextHop{Index: index, MTU: mtu, Ifindex: r.ifindex, Source: r.source}
