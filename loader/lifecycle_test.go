@@ -200,12 +200,7 @@ func udpFrame(to net.HardwareAddr) []byte {
 	binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)))
 	copy(ip[12:], []byte{10, 9, 0, 2})
 	copy(ip[16:], []byte{10, 9, 0, 1})
-	var sum uint32
-	for n := 0; n < 20; n += 2 {
-		sum += uint32(binary.BigEndian.Uint16(ip[n:]))
-	}
-	sum = sum>>16 + sum&0xffff
-	binary.BigEndian.PutUint16(ip[10:], ^uint16(sum>>16+sum))
+	binary.BigEndian.PutUint16(ip[10:], ^onesSum(ip[:20], 0))
 	udp := ip[20:]
 	binary.BigEndian.PutUint16(udp, 5555)
 	binary.BigEndian.PutUint16(udp[2:], 9999)
