@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -65,18 +66,11 @@ func (i *Instance) Run(ctx context.Context) error {
 // that something changed, and the kernel is asked for all of it, so that a lost
 // message loses nothing.
 func (i *Instance) follow(ctx context.Context) error {
-	var socket *nl.NetlinkSocket
-	err := i.ns.do(func() (err error) {
-		socket, err = nl.Subscribe(unix.NETLINK_ROUTE, followed...)
-		return err
-	})
+	socket, err := i.subscribe(i.ns)
 	if err != nil {
-		return fmt.Errorf("subscribe to network changes: %w", err)
+		return err
 	}
 	defer socket.Close()
-	if err := socket.SetReceiveBufferSize(followBuffer, false); err != nil {
-		i.log.Debug("the buffer for network changes stays small", "error", err)
-	}
 	changed, ended := make(chan struct{}, 1), make(chan error, 1)
 	go i.receive(socket, changed, ended)
 
@@ -100,9 +94,29 @@ func (i *Instance) follow(ctx context.Context) error {
 	}
 }
 
-// receive runs until the socket is closed or broken. Caches are flushed at once,
-// all else waits until the burst is over.
-func (i *Instance) receive(socket *nl.NetlinkSocket, changed chan<- struct{}, ended chan<- error) {
+// changes is the subscription's socket.
+type changes interface {
+	Receive() ([]syscall.NetlinkMessage, *unix.SockaddrNetlink, error)
+	Close()
+}
+
+func subscribe(ns *namespace) (changes, error) {
+	var socket *nl.NetlinkSocket
+	err := ns.do(func() (err error) {
+		socket, err = nl.Subscribe(unix.NETLINK_ROUTE, followed...)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("subscribe to network changes: %w", err)
+	}
+	// That it stays small costs a resync more now and then.
+	_ = socket.SetReceiveBufferSize(followBuffer, false)
+	return socket, nil
+}
+
+// receive runs until the socket is closed or broken; one that overflowed (ENOBUFS) is
+// neither. Caches are flushed at once, all else waits until the burst is over.
+func (i *Instance) receive(socket changes, changed chan<- struct{}, ended chan<- error) {
 	for {
 		_, _, err := socket.Receive()
 		if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {

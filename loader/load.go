@@ -34,6 +34,8 @@ type Instance struct {
 	tap         *tap
 	hasCsumIPv6 bool
 
+	subscribe func(*namespace) (changes, error) // a seam: tests break the subscription
+
 	hops     *hopTable
 	cache    routeCache
 	backends backendSet
@@ -62,14 +64,15 @@ func Load(o Options) (_ *Instance, err error) {
 		return nil, err
 	}
 	i := &Instance{
-		opts:     o,
-		log:      o.Logger,
-		tables:   &maps.Tables{},
-		shared:   make(map[string]*ebpf.Map),
-		backends: newBackendSet(),
-		attached: make(map[attachKey]*attachment),
-		slots:    make(map[slotKey]uint32),
-		noTCX:    o.forceClsact,
+		opts:      o,
+		log:       o.Logger,
+		subscribe: subscribe,
+		tables:    &maps.Tables{},
+		shared:    make(map[string]*ebpf.Map),
+		backends:  newBackendSet(),
+		attached:  make(map[attachKey]*attachment),
+		slots:     make(map[slotKey]uint32),
+		noTCX:     o.forceClsact,
 	}
 	if i.ns, err = currentNamespace(); err != nil {
 		return nil, err

@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -159,6 +161,15 @@ func TestNextHopFollowsRoutes(t *testing.T) {
 	}
 
 	must(t, netlink.RouteDel(own))
+}
+
+func TestNextHopFollowsLinks(t *testing.T) {
+	newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	routeVia(t, "192.0.2.0/24", "10.9.0.254")
+	i := load(t, testOptions(t, "eth0"))
+	run(t, i)
+	before := nextHop(t, i, "192.0.2.8")
 
 	t.Log("MTU of the link")
 	must(t, netlink.LinkSetMTU(device(t, "eth0"), 1400))
@@ -347,6 +358,55 @@ func TestListeners(t *testing.T) {
 	}
 	if err := i.SetListeners([]ListenerSpec{{ID: 0, Addr: addrPort("198.51.100.1:8443")}}); err == nil {
 		t.Error("listener without id taken")
+	}
+}
+
+// brokenSubscription is a socket that fails as the test wants, once.
+type brokenSubscription struct {
+	changes
+	fail chan error
+}
+
+func (b *brokenSubscription) Receive() ([]syscall.NetlinkMessage, *unix.SockaddrNetlink, error) {
+	messages, from, err := b.changes.Receive()
+	select {
+	case err = <-b.fail:
+	default:
+	}
+	return messages, from, err
+}
+
+// A message that was lost in an overflow, or with the socket, loses nothing.
+func TestSubscriptionBreaks(t *testing.T) {
+	for _, failure := range []unix.Errno{unix.ENOBUFS, unix.EBADF} {
+		t.Run(unix.ErrnoName(failure), func(t *testing.T) {
+			newNetns(t)
+			addVeth(t, "eth0", "10.9.0.1/24")
+			i := load(t, testOptions(t, "eth0"))
+			fail := make(chan error, 1)
+			var subscriptions atomic.Int32
+			i.subscribe = func(ns *namespace) (changes, error) {
+				subscriptions.Add(1)
+				socket, err := subscribe(ns)
+				return &brokenSubscription{socket, fail}, err
+			}
+			run(t, i)
+			must(t, i.SetListeners([]ListenerSpec{{ID: 1, Addr: netip.AddrPortFrom(netip.Addr{}, 443)}}))
+			eventually(t, "subscribed", func() bool { return subscriptions.Load() == 1 })
+
+			fail <- failure
+			addAddress(t, "eth0", "10.9.0.77/24")
+			eventually(t, "address seen", func() bool { return listeners(t, i)[addrPort("10.9.0.77:443")] == 1 })
+			addAddress(t, "eth0", "10.9.0.78/24")
+			eventually(t, "next address seen", func() bool { return listeners(t, i)[addrPort("10.9.0.78:443")] == 1 })
+			want := int32(1)
+			if failure == unix.EBADF {
+				want = 2
+			}
+			if got := subscriptions.Load(); got != want {
+				t.Errorf("%d subscriptions, want %d", got, want)
+			}
+		})
 	}
 }
 
