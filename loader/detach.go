@@ -72,6 +72,8 @@ func removeLeftovers(ns *namespace, name string, log *slog.Logger) (found bool, 
 		log.Info("removing TAP device", "interface", device.Attrs().Name)
 		errs = append(errs, deleteLink(ns, device.Attrs().Index))
 	}
+	// Whoever listened there is dead, as the lock is ours.
+	errs = append(errs, removeFile(filepath.Join(runDir, name+ns.suffix+".sock")))
 	errs = append(errs, removeDir(dir), removeDir(dir+unfinished))
 	return found, errors.Join(errs...)
 }

@@ -321,6 +321,9 @@ func TestLeftoversAreRemoved(t *testing.T) {
 
 		t.Log("detach")
 		dead()
+		socket, err := SocketPath("test")
+		must(t, err)
+		must(t, os.WriteFile(socket, nil, 0o600))
 		other := o
 		other.Name = "other"
 		if _, err := Load(other); err == nil || !strings.Contains(err.Error(), "--name test") {
