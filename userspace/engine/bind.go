@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"errors"
+
+	"github.com/cilium/ebpf"
+
+	"snilb/maps"
+	"snilb/userspace/config"
+	"snilb/userspace/packet"
+)
+
+// bind writes both entries, the backend's direction first, and replays the hello.
+// From the second insert on the flow is the kernel's.
+func (h *handshake) bind(w *worker) {
+	a := &h.attempt
+	limit := w.e.plan.Load().config.Limits.Flows
+	back, err := w.e.o.NextHop(h.client.Addr())
+	switch {
+	case err != nil:
+		h.abandon(w, "no_route_to_client")
+		return
+	case w.e.flows.Load() >= int64(limit):
+		w.log.limited(w.now, "flow table is full: raise limits.flows", "flows", limit)
+		h.abandon(w, "flow_table_full")
+		return
+	}
+	if old := w.flows[h.connection]; old != nil {
+		old.remove(w, "replaced")
+	}
+	w.generation++
+	f := newFlow(h, w.generation)
+	toBackend, toClient := h.entries(w, back, f)
+	if err := w.insert(f, toBackend, toClient); err != nil {
+		result := "map_error"
+		if errors.Is(err, ebpf.ErrKeyExist) {
+			result = "duplicate"
+		}
+		w.log.limited(w.now, "flow not bound", "client", h.client, "error", err)
+		h.abandon(w, result)
+		return
+	}
+	w.stats.connect(a.backend, "ok")
+	h.settle(w, f)
+	h.replayHello(w, f)
+	for i := range a.pending {
+		w.replay(maps.LegBackend, a.pending[i], f.mss)
+	}
+}
+
+// insert adds both entries or none.
+func (w *worker) insert(f *flow, toBackend, toClient *maps.Entry) error {
+	t := w.e.o.Tables
+	if err := t.InsertFlow(maps.LegBackend, f.backendTuple(), toClient); err != nil {
+		return err
+	}
+	if err := t.InsertFlow(maps.LegClient, f.clientTuple(), toBackend); err != nil {
+		return errors.Join(err, t.DeleteFlow(maps.LegBackend, f.backendTuple()))
+	}
+	return nil
+}
+
+// abandon resets both legs of a connection that cannot be bound.
+func (h *handshake) abandon(w *worker, result string) {
+	w.stats.connect(h.attempt.backend, result)
+	s := h.toBackend(w, packet.RST|packet.ACK, h.acked, nil)
+	w.sendBy(h.attempt.hop, &s)
+	h.refuse(w, config.Reset)
+}
+
+// settle turns the handshake into a flow of the worker.
+func (h *handshake) settle(w *worker, f *flow) {
+	a := &h.attempt
+	a.ports.leases[a.port] = lease{flow: f}
+	a.ports = nil // the flow has the port now
+	w.drop(h)
+	w.flows[h.connection] = f
+	w.e.flows.Add(1)
+	w.stats.handshakes++
+	w.stats.handshakeNanoseconds += uint64(w.now - h.started)
+}
+
+// entries are the two directions' rewrites. The client's first byte is at
+// hello.Start, the backend expects it at isn+1; our numbers end at the cookie, the
+// backend's at its SYN-ACK's.
+func (h *handshake) entries(w *worker, back Hop, f *flow) (toBackend, toClient *maps.Entry) {
+	a := &h.attempt
+	seq := a.isn + 1 - h.hello.Start()
+	ack := a.peer.Seq - h.cookie
+	var ts, ecr uint32
+	if h.options.HasTimestamps {
+		ts = h.backendClock(w) - h.options.TSVal
+		ecr = a.peer.Options.TSVal - h.tsEcr
+	}
+	up, down := h.shifts()
+	seen := uint32(w.now >> 20)
+	toBackend = &maps.Entry{
+		To: maps.Tuple{Src: a.source(), Dst: a.backend.Addr},
+		Flow: maps.Flow{
+			Seq: seq, Ack: ack, Tsval: ts, Tsecr: ecr, LastAck: h.cookie + 1, LastSeen: seen,
+			Control: maps.FlowControl(a.hop.Index, up), Generation: f.generation, Id: a.backend.ID,
+		},
+	}
+	toClient = &maps.Entry{
+		To: maps.Tuple{Src: h.connection.listener, Dst: h.client},
+		Flow: maps.Flow{
+			Seq: -ack, Ack: -seq, Tsval: -ecr, Tsecr: -ts, LastAck: a.isn + 1 + uint32(h.acked), LastSeen: seen,
+			Control: maps.FlowControl(back.Index, down), Generation: f.generation, Id: f.routeID,
+		},
+	}
+	return toBackend, toClient
+}
+
+// shifts are how far each direction's window moves: from the scale its sender
+// uses to the one its receiver was told. Scaling is only in force where both sides
+// of a leg had the option (RFC 7323 2.2).
+func (h *handshake) shifts() (toBackend, toClient int) {
+	peer := h.attempt.peer.Options
+	if h.options.HasWScale {
+		toBackend = int(h.options.WScale)
+		toClient = -maps.AnnouncedWindowScale
+	}
+	if h.options.HasWScale && peer.HasWScale {
+		toBackend -= int(h.options.WScale)
+		toClient += int(peer.WScale)
+	}
+	return toBackend, toClient
+}
+
+// replayHello sends what the client will repeat if it is lost: all but what was
+// pushed, and its FIN if that stands right behind. It also is the ACK of the
+// backend's SYN-ACK.
+func (h *handshake) replayHello(w *worker, f *flow) {
+	rest := h.hello.Bytes()[h.acked:]
+	s := packet.Segment{
+		Src: h.client, Dst: h.connection.listener,
+		Seq: h.hello.Start() + uint32(h.acked), Ack: h.cookie + 1,
+		Flags: packet.ACK, Window: h.window, Payload: rest,
+	}
+	if len(rest) > 0 {
+		s.Flags |= packet.PSH
+	}
+	if h.fin && h.finAt == h.end() {
+		s.Flags |= packet.FIN
+	}
+	if h.options.HasTimestamps {
+		s.Options = packet.Options{HasTimestamps: true, TSVal: h.options.TSVal, TSEcr: h.tsEcr}
+	}
+	if len(rest) == 0 && !s.Has(packet.FIN) {
+		return // all of it is with the backend already
+	}
+	w.replay(maps.LegClient, s, f.mss)
+}

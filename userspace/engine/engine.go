@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package engine is the handshake engine: it takes the hellos that the kernel
+// programs hand over, decides the backend, shakes hands with it, writes the two
+// flow entries and replays the hello. From then on the kernel moves the packets,
+// and the engine hears of the flow again when it ends.
+//
+// Events arrive on one ring a worker. A worker owns its half-open handshakes, its
+// bound flows and its slice of the source ports: the cookie of a connection names
+// the worker, and the ports it uses bring the backend's packets to the same one.
+package engine
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+
+	"snilb/maps"
+	"snilb/userspace/pool"
+)
+
+// Hop is where packets to an address leave this node.
+type Hop struct {
+	Index  uint16     // in the nexthops table
+	MTU    int        // bytes of an IP packet
+	Source netip.Addr // the address to speak from
+}
+
+// Options are what the engine works with. All are required.
+type Options struct {
+	Tables *maps.Tables
+	Rings  []*ebpf.Map // one a worker
+	Queues []io.Writer // of the TAP device, one a worker; a write is a frame
+	// NextHop asks the kernel for the way to an address.
+	NextHop func(netip.Addr) (Hop, error)
+	// MSS is what SYN-ACKs announce, in bytes.
+	MSS                             func() (mss4, mss6 uint16)
+	SourcePortFirst, SourcePortLast uint16 // both included
+	Log                             *slog.Logger
+}
+
+// Engine runs the workers. Make one with New.
+type Engine struct {
+	o       Options
+	clock   clock
+	workers []*worker
+	secret  pool.Key // of sequence numbers and timestamps, the same until a reboot
+	master  [32]byte // cookie keys come from it
+
+	plan    atomic.Pointer[Plan]
+	sources sources
+	flows   atomic.Int64 // bound now
+	held    atomic.Int64 // bytes of incomplete hellos
+	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
+}
+
+// New makes an engine that decides by p.
+func New(o Options, p *Plan) (*Engine, error) {
+	if len(o.Rings) == 0 || len(o.Rings) != len(o.Queues) {
+		return nil, fmt.Errorf("%d rings and %d queues: want one of each a worker", len(o.Rings), len(o.Queues))
+	}
+	secret, err := bootSecret()
+	if err != nil {
+		return nil, err
+	}
+	e := &Engine{o: o, clock: newClock(), secret: secret}
+	if _, err := rand.Read(e.master[:]); err != nil {
+		return nil, fmt.Errorf("draw a cookie key: %w", err)
+	}
+	e.plan.Store(p)
+	for i := range o.Rings {
+		reader, err := ringbuf.NewReader(o.Rings[i])
+		if err != nil {
+			e.closeRings()
+			return nil, fmt.Errorf("open ring %d: %w", i, err)
+		}
+		e.workers = append(e.workers, newWorker(e, i, reader, o.Queues[i]))
+	}
+	// Before any program is attached: none must find the daemon dead.
+	if err := e.beat(); err != nil {
+		e.closeRings()
+		return nil, err
+	}
+	return e, nil
+}
+
+// Run works until ctx ends, then returns nil; or until a worker or the heartbeat
+// cannot go on.
+func (e *Engine) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var all sync.WaitGroup
+	for _, w := range e.workers {
+		all.Go(func() {
+			if err := w.run(); err != nil {
+				cancel(fmt.Errorf("worker %d: %w", w.id, err))
+			}
+		})
+	}
+	all.Go(func() { e.runBeat(ctx, cancel) })
+	all.Go(func() { e.runSweep(ctx) })
+	<-ctx.Done()
+	e.closeRings()
+	all.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// StopListening makes the kernel leave SYNs to the stack; bound flows go on.
+func (e *Engine) StopListening() error {
+	e.silent.Store(true)
+	return e.beat()
+}
+
+// Bound is the number of bound flows.
+func (e *Engine) Bound() int { return int(e.flows.Load()) }
+
+func (e *Engine) closeRings() {
+	for _, w := range e.workers {
+		if err := w.ring.Close(); err != nil {
+			e.o.Log.Warn("close ring", "worker", w.id, "error", err)
+		}
+	}
+}

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"errors"
+	"net/netip"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"snilb/maps"
+	"snilb/userspace/packet"
+	"snilb/userspace/pool"
+)
+
+const (
+	// closedQuiet is how long a flow whose FINs are both acknowledged must be
+	// silent: the last ACK may be asked for again.
+	closedQuiet = 2 * time.Second
+	// resetQuiet is how long a flow must be silent after a RST, which may have
+	// been forged: later traffic brings the flow back.
+	resetQuiet = 10 * time.Second
+)
+
+// flow is a bound connection as the engine remembers it: who, and how it ends. Its
+// numbers are in the two entries, which the kernel writes.
+type flow struct {
+	timer
+	connection
+	cookie     uint32
+	generation uint16
+	routeID    uint16 // index of the route plus 1; 0: no route
+	port       uint16
+	mss        int // payload of a segment that both ways take
+	ports      *ports
+	backend    *pool.Backend
+	route, sni string
+	bound      int64
+	timeouts   *timeouts
+	closing    *closing // nil while neither side ended
+}
+
+type timeouts struct{ unconfirmed, idle, closing time.Duration }
+
+// closing is what a flow's FINs and RSTs said.
+type closing struct {
+	fin          [2]bool // by leg
+	end          [2]uint32
+	reset        bool
+	backendFirst bool
+}
+
+func newFlow(h *handshake, generation uint16) *flow {
+	a := &h.attempt
+	t := h.decision.pool.Config.Timeouts
+	f := &flow{
+		connection: h.connection,
+		cookie:     h.cookie,
+		generation: generation,
+		port:       a.port,
+		mss:        min(h.segmentSize(), segmentSize(h.options.MSS, a.hop.MTU, h.client.Addr().Is4(), h.options.HasTimestamps)),
+		ports:      a.ports,
+		backend:    a.backend,
+		route:      h.decision.routeName(),
+		sni:        h.sni,
+		bound:      h.progress,
+		timeouts:   &timeouts{t.Unconfirmed, t.Idle, t.Closing},
+	}
+	if r := h.decision.route; r != nil {
+		f.routeID = uint16(r.Index + 1)
+	}
+	f.owner = f
+	return f
+}
+
+func (f *flow) clientTuple() maps.Tuple {
+	return maps.Tuple{Src: f.client, Dst: f.listener}
+}
+
+func (f *flow) backendTuple() maps.Tuple {
+	return maps.Tuple{Src: f.backend.Addr, Dst: netip.AddrPortFrom(f.ports.source, f.port)}
+}
+
+// closingSegment is the first FIN or RST of one side, as that side sent it.
+func (w *worker) closingSegment(leg maps.Leg, s *packet.Segment) {
+	f := w.flowOf(leg, s)
+	if f == nil {
+		w.stats.unknown++
+		return
+	}
+	if f.closing == nil {
+		f.closing = &closing{backendFirst: leg == maps.LegBackend}
+	}
+	if s.Has(packet.RST) {
+		f.closing.reset = true
+	}
+	if s.Has(packet.FIN) {
+		f.closing.fin[leg], f.closing.end[leg] = true, s.End()
+	}
+	w.timers.set(&f.timer, w.now+int64(f.quiet(false)))
+}
+
+// flowOf finds a flow by a packet of one of its legs.
+func (w *worker) flowOf(leg maps.Leg, s *packet.Segment) *flow {
+	if leg == maps.LegClient {
+		return w.flows[connection{client: s.Src, listener: s.Dst}]
+	}
+	if p := w.paths[pathKey{source: s.Dst.Addr(), backend: s.Src}]; p != nil {
+		return p.leases[s.Dst.Port()].flow
+	}
+	return nil
+}
+
+// quiet is how long the flow must be silent to be over; 0 is never.
+func (f *flow) quiet(acknowledged bool) time.Duration {
+	switch c := f.closing; {
+	case c == nil:
+		return f.timeouts.idle
+	case c.reset:
+		return min(resetQuiet, f.timeouts.closing)
+	case c.fin[0] && c.fin[1] && acknowledged:
+		return closedQuiet
+	case c.fin[0] && c.fin[1]:
+		return min(closedQuiet, f.timeouts.closing)
+	}
+	return f.timeouts.closing
+}
+
+// expire looks at a closing flow again.
+func (f *flow) expire(w *worker) { f.review(w) }
+
+// review reads both entries and removes the flow if it is over.
+func (f *flow) review(w *worker) {
+	up, down, err := f.read(w)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		f.remove(w, "replaced")
+		return
+	}
+	if err != nil {
+		w.log.limited(w.now, "flow not read", "error", err)
+		w.timers.set(&f.timer, w.now+int64(time.Second))
+		return
+	}
+	silent := min(idle(w.now, up.Flow.LastSeen), idle(w.now, down.Flow.LastSeen))
+	if reason := f.over(w.now, up, down, silent); reason != "" {
+		if reason != "closed" && reason != "reset" {
+			f.tellBoth(w, up, down)
+		}
+		f.remove(w, reason)
+		return
+	}
+	if f.closing != nil {
+		wait := max(f.quietNow(up, down)-silent, closedQuiet/8)
+		w.timers.set(&f.timer, w.now+int64(wait))
+	}
+}
+
+func (f *flow) quietNow(up, down *maps.Entry) time.Duration {
+	if f.closing != nil && f.closing.fin[0] && f.closing.fin[1] && !f.closing.reset && !f.acknowledged(up, down) {
+		return f.timeouts.closing
+	}
+	return f.quiet(true)
+}
+
+// over says why a flow is to be removed, "" if it is not.
+func (f *flow) over(now int64, up, down *maps.Entry, silent time.Duration) string {
+	quiet := f.quietNow(up, down)
+	switch {
+	case f.closing != nil && silent >= quiet:
+		switch {
+		case f.closing.reset:
+			return "reset"
+		case f.closing.fin[0] && f.closing.fin[1] && f.acknowledged(up, down):
+			return "closed"
+		}
+		return "closing_timeout"
+	case f.closing == nil && quiet > 0 && silent >= quiet:
+		return "idle"
+	case !up.Has(maps.FlowConfirmed) && now-f.bound >= int64(f.timeouts.unconfirmed):
+		return "unconfirmed"
+	}
+	return ""
+}
+
+// acknowledged reports whether each side has the other's FIN. An entry holds the
+// last ACK as its side sent it, and what the rewrite adds to it.
+func (f *flow) acknowledged(up, down *maps.Entry) bool {
+	c := f.closing
+	byBackend := down.Flow.LastAck + down.Flow.Ack - c.end[maps.LegClient]
+	byClient := up.Flow.LastAck + up.Flow.Ack - c.end[maps.LegBackend]
+	return int32(byBackend) >= 0 && int32(byClient) >= 0
+}
+
+// read returns both entries, up being the client's direction. Entries of another
+// use of the tuple are none of ours.
+func (f *flow) read(w *worker) (up, down *maps.Entry, err error) {
+	u, err := w.e.o.Tables.LookupFlow(maps.LegClient, f.clientTuple())
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := w.e.o.Tables.LookupFlow(maps.LegBackend, f.backendTuple())
+	if err != nil {
+		return nil, nil, err
+	}
+	if !f.owns(&u) || d.Flow.Generation != f.generation {
+		return nil, nil, ebpf.ErrKeyNotExist
+	}
+	return &u, &d, nil
+}
+
+// owns reports whether the client's entry is of this flow and not of a later one
+// from the same client port.
+func (f *flow) owns(up *maps.Entry) bool {
+	return up.Flow.Generation == f.generation && up.To == f.backendTuple().Reverse()
+}
+
+// tellBoth resets both sides where each will accept it: the last ACK a side sent
+// is the number it waits for.
+func (f *flow) tellBoth(w *worker, up, down *maps.Entry) {
+	toClient := packet.Segment{Src: f.listener, Dst: f.client, Seq: up.Flow.LastAck, Flags: packet.RST}
+	toBackend := packet.Segment{
+		Src: netip.AddrPortFrom(f.ports.source, f.port), Dst: f.backend.Addr,
+		Seq: down.Flow.LastAck, Flags: packet.RST,
+	}
+	w.send(&toClient)
+	w.send(&toBackend)
+}
+
+// remove forgets a flow: its entries, if they still are its own, and its port.
+func (f *flow) remove(w *worker, reason string) {
+	t := w.e.o.Tables
+	up, err := t.LookupFlow(maps.LegClient, f.clientTuple())
+	if err == nil && f.owns(&up) {
+		err = t.DeleteFlow(maps.LegClient, f.clientTuple())
+	} else if errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = nil
+	}
+	// Nobody else can have this port.
+	err = errors.Join(err, t.DeleteFlow(maps.LegBackend, f.backendTuple()))
+	if err != nil {
+		w.log.limited(w.now, "flow not removed", "error", err)
+	}
+	w.timers.set(&f.timer, 0)
+	f.ports.give(w.now, f.port, f.closing != nil && f.closing.backendFirst)
+	if w.flows[f.connection] == f {
+		delete(w.flows, f.connection)
+	}
+	w.e.flows.Add(-1)
+	w.stats.closed[reason]++
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"net/netip"
+	"time"
+)
+
+// restAfterClose is how long a port rests whose backend closed first: that backend
+// holds the tuple in TIME_WAIT for as long (RFC 9293 3.6.1, 60 s on Linux).
+const restAfterClose = 60 * time.Second
+
+// pathKey is a source address of ours that speaks to a backend.
+type pathKey struct {
+	source  netip.Addr
+	backend netip.AddrPort
+}
+
+// ports are one worker's source ports towards one backend: every step-th of the
+// range, so that the kernel can tell the worker from the port.
+type ports struct {
+	pathKey
+	next, last, step int // never used yet: next, next+step ... last
+	free             queue[uint16]
+	resting          queue[rest]
+	leases           map[uint16]lease
+}
+
+type rest struct {
+	port  uint16
+	until int64
+}
+
+// lease is who has a port: a handshake, later the flow it became.
+type lease struct {
+	handshake *handshake
+	flow      *flow
+}
+
+func newPorts(key pathKey, first, last uint16, worker, workers int) *ports {
+	return &ports{
+		pathKey: key,
+		next:    int(first) + worker,
+		last:    int(last),
+		step:    workers,
+		leases:  make(map[uint16]lease),
+	}
+}
+
+// take returns the port that has been unused the longest. When only resting ones
+// are left, the one that rested longest: our numbers rise, so most backends take
+// it. Returns false when all are in use.
+func (p *ports) take(now int64, l lease) (uint16, bool) {
+	for {
+		r, ok := p.resting.first()
+		if !ok || r.until > now {
+			break
+		}
+		p.resting.pop()
+		p.free.push(r.port)
+	}
+	var port uint16
+	if p.next <= p.last {
+		port = uint16(p.next)
+		p.next += p.step
+	} else if free, ok := p.free.pop(); ok {
+		port = free
+	} else if r, ok := p.resting.pop(); ok {
+		port = r.port
+	} else {
+		return 0, false
+	}
+	p.leases[port] = l
+	return port, true
+}
+
+// give returns a port, which rests if asked to.
+func (p *ports) give(now int64, port uint16, resting bool) {
+	delete(p.leases, port)
+	if resting {
+		p.resting.push(rest{port, now + int64(restAfterClose)})
+		return
+	}
+	p.free.push(port)
+}
+
+// queue is first in, first out, and gives memory back.
+type queue[T any] struct {
+	items []T
+	head  int
+}
+
+func (q *queue[T]) push(x T) { q.items = append(q.items, x) }
+
+func (q *queue[T]) first() (T, bool) {
+	if q.head == len(q.items) {
+		var none T
+		return none, false
+	}
+	return q.items[q.head], true
+}
+
+func (q *queue[T]) pop() (T, bool) {
+	x, ok := q.first()
+	if !ok {
+		return x, false
+	}
+	q.head++
+	if q.head > 64 && q.head > len(q.items)/2 {
+		q.items = append(q.items[:0], q.items[q.head:]...)
+		q.head = 0
+	}
+	return x, true
+}

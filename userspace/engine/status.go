@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"snilb/maps"
+)
+
+// Flow is a connection as `snilb flows` shows it.
+type Flow struct {
+	Client   string  `json:"client"`
+	Listener string  `json:"listener"`
+	SNI      string  `json:"sni"`
+	Route    string  `json:"route"`
+	Pool     string  `json:"pool"`
+	Backend  string  `json:"backend"`
+	State    string  `json:"state"` // hello, connecting, open or closing
+	Age      float64 `json:"age_seconds"`
+	Idle     float64 `json:"idle_seconds"`
+	BytesIn  uint64  `json:"bytes_in"`  // client to backend, TCP payload
+	BytesOut uint64  `json:"bytes_out"` // backend to client
+}
+
+// Flows lists all connections: those without a backend yet, and the bound ones
+// with what the kernel counted.
+func (e *Engine) Flows() ([]Flow, error) {
+	now := e.clock.now()
+	type numbers struct {
+		bytes uint64
+		idle  time.Duration
+	}
+	up, down := make(map[maps.Tuple]numbers), make(map[maps.Tuple]numbers)
+	err := e.o.Tables.Flows(func(leg maps.Leg, t maps.Tuple, entry *maps.Entry) {
+		n := numbers{entry.Flow.Bytes, idle(now, entry.Flow.LastSeen)}
+		if leg == maps.LegClient {
+			up[t] = n
+		} else {
+			down[t] = n
+		}
+	})
+	var all []Flow
+	for _, w := range e.workers {
+		w.mu.Lock()
+		for _, h := range w.handshakes {
+			all = append(all, h.status(now))
+		}
+		for _, f := range w.flows {
+			in, out := up[f.clientTuple()], down[f.backendTuple()]
+			s := f.status(now)
+			s.BytesIn, s.BytesOut = in.bytes, out.bytes
+			s.Idle = seconds(min(in.idle, out.idle))
+			all = append(all, s)
+		}
+		w.mu.Unlock()
+	}
+	slices.SortFunc(all, func(a, b Flow) int { return cmp.Compare(a.Client, b.Client) })
+	return all, err
+}
+
+func (h *handshake) status(now int64) Flow {
+	f := Flow{
+		Client:   h.client.String(),
+		Listener: h.connection.listener.String(),
+		SNI:      h.sni,
+		Route:    h.decision.routeName(),
+		Pool:     h.decision.poolName(),
+		State:    "hello",
+		Age:      seconds(time.Duration(now - h.started)),
+		Idle:     seconds(time.Duration(now - h.progress)),
+	}
+	switch h.phase {
+	case connecting, pushing:
+		f.State, f.Backend = "connecting", h.attempt.backend.Addr.String()
+	case refused:
+		f.State = "closing"
+	}
+	return f
+}
+
+func (f *flow) status(now int64) Flow {
+	s := Flow{
+		Client:   f.client.String(),
+		Listener: f.listener.String(),
+		SNI:      f.sni,
+		Route:    f.route,
+		Pool:     f.backend.Pool,
+		Backend:  f.backend.Addr.String(),
+		State:    "open",
+		Age:      seconds(time.Duration(now - f.bound)),
+	}
+	if f.closing != nil {
+		s.State = "closing"
+	}
+	return s
+}
+
+func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds() }
+
+// Status is what the engine has done since it started.
+type Status struct {
+	Flows      int               `json:"flows"`
+	FlowsLimit int               `json:"flows_limit"`
+	HalfOpen   int               `json:"half_open"`
+	HelloBytes int64             `json:"hello_bytes"`
+	Hellos     map[string]uint64 `json:"hellos"`
+	Decisions  []DecisionCount   `json:"decisions"`
+	Connects   []ConnectCount    `json:"connects"`
+	Closed     map[string]uint64 `json:"closed"`
+	Events     map[string]uint64 `json:"events"`
+	// HandshakeMicroseconds is the mean from the first hello byte to the bind.
+	HandshakeMicroseconds float64 `json:"handshake_microseconds"`
+}
+
+// DecisionCount counts decisions alike.
+type DecisionCount struct {
+	Route  string `json:"route"`
+	Pool   string `json:"pool"`
+	Result string `json:"result"` // why/action
+	Count  uint64 `json:"count"`
+}
+
+// ConnectCount counts attempts to reach a backend.
+type ConnectCount struct {
+	Pool    string `json:"pool"`
+	Backend string `json:"backend"`
+	Result  string `json:"result"`
+	Count   uint64 `json:"count"`
+}
+
+// Status sums the workers' counters.
+func (e *Engine) Status() Status {
+	s := Status{
+		Flows:      e.Bound(),
+		FlowsLimit: e.plan.Load().config.Limits.Flows,
+		HelloBytes: e.held.Load(),
+		Hellos:     make(map[string]uint64),
+		Closed:     make(map[string]uint64),
+		Events:     make(map[string]uint64),
+	}
+	decisions, connects := make(map[decisionKey]uint64), make(map[connectKey]uint64)
+	var handshakes, nanoseconds uint64
+	for _, w := range e.workers {
+		w.mu.Lock()
+		s.HalfOpen += len(w.handshakes)
+		addTo(decisions, w.stats.decisions)
+		addTo(connects, w.stats.connects)
+		addTo(s.Closed, w.stats.closed)
+		w.stats.addNamed(&s)
+		handshakes += w.stats.handshakes
+		nanoseconds += w.stats.handshakeNanoseconds
+		w.mu.Unlock()
+	}
+	for k, n := range decisions {
+		s.Decisions = append(s.Decisions, DecisionCount{k.route, k.pool, k.result, n})
+	}
+	for k, n := range connects {
+		s.Connects = append(s.Connects, ConnectCount{k.backend.Pool, k.backend.Name, k.result, n})
+	}
+	slices.SortFunc(s.Decisions, func(a, b DecisionCount) int {
+		return cmp.Or(cmp.Compare(a.Route, b.Route), cmp.Compare(a.Pool, b.Pool), cmp.Compare(a.Result, b.Result))
+	})
+	slices.SortFunc(s.Connects, func(a, b ConnectCount) int {
+		return cmp.Or(cmp.Compare(a.Pool, b.Pool), cmp.Compare(a.Backend, b.Backend), cmp.Compare(a.Result, b.Result))
+	})
+	if handshakes > 0 {
+		s.HandshakeMicroseconds = float64(nanoseconds/handshakes) / 1000
+	}
+	return s
+}
+
+func addTo[K comparable](sum, some map[K]uint64) {
+	for k, n := range some {
+		sum[k] += n
+	}
+}
+
+func (s *stats) addNamed(to *Status) {
+	for i, n := range s.hellos {
+		to.Hellos[helloNames[i]] += n
+	}
+	for name, n := range map[string]uint64{
+		"acks": s.acks, "late": s.late, "unknown": s.unknown, "bad": s.badEvents,
+		"stale": s.staleEvents, "out_of_window": s.outOfWindow,
+		"unroutable": s.unroutable, "write_errors": s.writeErrors,
+	} {
+		to.Events[name] += n
+	}
+}

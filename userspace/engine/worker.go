@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf/ringbuf"
+
+	"snilb/maps"
+	"snilb/userspace/packet"
+)
+
+// staleAfter is the age at which a queued event says nothing any more: its sender
+// has repeated the packet.
+const staleAfter = 3 * time.Second
+
+// connection is a client's tuple.
+type connection struct {
+	client, listener netip.AddrPort
+}
+
+// worker reads one ring. mu is held while an event or a timer is dealt with, and
+// by who asks from outside (status, the sweep); it is never held while waiting.
+type worker struct {
+	e     *Engine
+	id    int
+	ring  *ringbuf.Reader
+	queue io.Writer
+
+	mu         sync.Mutex
+	now        int64 // CLOCK_MONOTONIC ns, read once an event
+	timers     timers
+	handshakes map[connection]*handshake
+	flows      map[connection]*flow
+	paths      map[pathKey]*ports
+	generation uint16
+	frame      []byte
+	stats      stats
+	log        limiter
+}
+
+func newWorker(e *Engine, id int, ring *ringbuf.Reader, queue io.Writer) *worker {
+	return &worker{
+		e: e, id: id, ring: ring, queue: queue,
+		handshakes: make(map[connection]*handshake),
+		flows:      make(map[connection]*flow),
+		paths:      make(map[pathKey]*ports),
+		log:        limiter{log: e.o.Log},
+		stats:      newStats(),
+	}
+}
+
+// run returns nil when the ring is closed.
+func (w *worker) run() error {
+	var record ringbuf.Record
+	for {
+		w.ring.SetDeadline(w.deadline())
+		err := w.ring.ReadInto(&record)
+		switch {
+		case errors.Is(err, ringbuf.ErrClosed):
+			return nil
+		case err != nil && !errors.Is(err, os.ErrDeadlineExceeded):
+			return fmt.Errorf("read ring: %w", err)
+		}
+		w.mu.Lock()
+		w.now = w.e.clock.now()
+		if err == nil {
+			w.event(record.RawSample)
+		}
+		w.runTimers()
+		w.mu.Unlock()
+	}
+}
+
+// deadline is when the next timer ends. The sweep may start one meanwhile, which
+// then waits for this deadline or the next event: a second at the most.
+func (w *worker) deadline() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	at := w.e.clock.now() + int64(time.Second)
+	if next := w.timers.next(); next != 0 && next < at {
+		at = next
+	}
+	return w.e.clock.at(at)
+}
+
+func (w *worker) runTimers() {
+	for t := w.timers.due(w.now); t != nil; t = w.timers.due(w.now) {
+		t.owner.expire(w)
+	}
+}
+
+const eventHeaderSize = int(unsafe.Sizeof(maps.EventHeader{}))
+
+// event is one ring record.
+func (w *worker) event(raw []byte) {
+	if len(raw) < eventHeaderSize {
+		w.stats.badEvents++
+		return
+	}
+	h := readEventHeader(raw)
+	if w.now-int64(h.Time) > int64(staleAfter) {
+		w.stats.staleEvents++
+		return
+	}
+	s, err := packet.Parse(raw[eventHeaderSize:][:min(int(h.Captured), len(raw)-eventHeaderSize)])
+	if err != nil {
+		w.stats.badEvents++
+		return
+	}
+	switch maps.EventKind(h.Kind) {
+	case maps.EventHello:
+		w.clientSegment(int(h.Listener)-1, &s)
+	case maps.EventBackend:
+		w.backendSegment(&s)
+	case maps.EventClosing:
+		w.closingSegment(maps.Leg(h.Leg), &s)
+	case maps.EventUnknown:
+		w.stats.unknown++
+		w.reset(&s)
+	}
+}
+
+// readEventHeader decodes by hand what is one struct in bpf/abi.h, whose layout
+// the static assertion there and a test here pin down: reflection would cost more
+// than all the rest of a small event.
+func readEventHeader(raw []byte) maps.EventHeader {
+	return maps.EventHeader{
+		Time:     binary.NativeEndian.Uint64(raw),
+		Ifindex:  binary.NativeEndian.Uint32(raw[8:]),
+		Length:   binary.NativeEndian.Uint32(raw[12:]),
+		Captured: binary.NativeEndian.Uint16(raw[16:]),
+		Listener: binary.NativeEndian.Uint16(raw[18:]),
+		Kind:     raw[20],
+		Leg:      raw[21],
+	}
+}
+
+// clientSegment is data, FIN or RST of a client whose cookie is good.
+func (w *worker) clientSegment(listener int, s *packet.Segment) {
+	c := connection{client: s.Src, listener: s.Dst}
+	cookie := s.Ack - 1
+	if f := w.flows[c]; f != nil && f.cookie == cookie {
+		// It was queued while its connection was bound.
+		w.stats.late++
+		w.replay(maps.LegClient, *s, f.mss)
+		return
+	}
+	h := w.handshakes[c]
+	switch {
+	case h != nil && h.cookie != cookie:
+		// A new connection from the same port; the old one is over.
+		w.drop(h)
+		h = nil
+	case h == nil && len(s.Payload) == 0:
+		w.closeUnopened(s)
+		return
+	}
+	if s.Has(packet.RST) {
+		// RFC 9293 3.5.3: a reset counts only at the next sequence number.
+		if h != nil && (s.Seq == h.end() || s.Seq == h.hello.Start()) {
+			w.stats.hellos[helloReset]++
+			w.drop(h)
+		}
+		return
+	}
+	if h == nil {
+		if h = w.newHandshake(c, listener, s); h == nil {
+			return
+		}
+	}
+	h.add(w, s)
+}
+
+// closeUnopened answers a FIN before any data, so that a client that only looks
+// whether the port is open (a health check) sees an orderly close. Nothing is
+// stored: a repeated FIN is answered again.
+func (w *worker) closeUnopened(s *packet.Segment) {
+	if !s.Has(packet.FIN) || s.Has(packet.RST) {
+		return
+	}
+	w.stats.hellos[helloNone]++
+	r := packet.Segment{
+		Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.End(),
+		Flags: packet.FIN | packet.ACK, Options: echo(s),
+	}
+	w.send(&r)
+}
+
+// echo is the timestamp option of an answer: our TSval stays what the client saw
+// last, which is always allowed (RFC 7323 4.1: it must not go back).
+func echo(s *packet.Segment) packet.Options {
+	if !s.Options.HasTimestamps {
+		return packet.Options{}
+	}
+	return packet.Options{HasTimestamps: true, TSVal: s.Options.TSEcr, TSEcr: s.Options.TSVal}
+}
+
+// backendSegment is a backend's packet to one of our ports that no entry took.
+func (w *worker) backendSegment(s *packet.Segment) {
+	p := w.paths[pathKey{source: s.Dst.Addr(), backend: s.Src}]
+	var l lease
+	if p != nil {
+		l = p.leases[s.Dst.Port()]
+	}
+	switch {
+	case l.handshake != nil:
+		l.handshake.backendSegment(w, s)
+	case l.flow != nil && s.Has(packet.SYN|packet.ACK):
+		w.ackAgain(s)
+	case l.flow != nil:
+		w.stats.late++
+		w.replay(maps.LegBackend, *s, l.flow.mss)
+	default:
+		w.stats.unknown++
+		w.reset(s)
+	}
+}
+
+// ackAgain answers a SYN-ACK that came again because the hello, which carried its
+// acknowledgment, was lost.
+func (w *worker) ackAgain(s *packet.Segment) {
+	r := packet.Segment{
+		Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.End(), Flags: packet.ACK, Window: 501,
+	}
+	// Without timestamps: ours would have to be the client's. The backend is
+	// still in SYN-RECEIVED and takes what is at the right number.
+	w.send(&r)
+}
+
+// portsTo returns this worker's ports from source to backend.
+func (w *worker) portsTo(source netip.Addr, backend netip.AddrPort) *ports {
+	key := pathKey{source: source, backend: backend}
+	p := w.paths[key]
+	if p == nil {
+		p = newPorts(key, w.e.o.SourcePortFirst, w.e.o.SourcePortLast, w.id, len(w.e.workers))
+		w.paths[key] = p
+	}
+	return p
+}
