@@ -4,7 +4,7 @@ package maps
 
 import "github.com/cilium/ebpf"
 
-// The generated types under the names the rest of the program uses. Addresses
+// The generated types under the names the rest of the program uses: addresses
 // and ports in them are in network byte order as they lie in memory, all other
 // numbers in the host's.
 type (

@@ -9,8 +9,6 @@ import (
 	"snilb/userspace/packet"
 )
 
-const etherHeader = 14
-
 // write sends one segment as a frame into the TAP device, where the kernel program
 // reads from the destination address what to do: request and next hop.
 func (w *worker) write(request uint8, hop uint16, s *packet.Segment) {
