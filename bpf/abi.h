@@ -10,10 +10,10 @@
 /* Raised when a pinned map of an older binary could be misread by this one. */
 #define LAYOUT_VERSION 1
 
-#define MAX_WORKERS 64
+#define MAX_WORKERS	  64
 #define MAX_COUNTER_SLOTS 64
-#define MAX_NEXTHOPS 65536
-#define EVENT_DATA 17408 /* a hello of 16 KiB with record and packet headers */
+#define MAX_NEXTHOPS	  65536
+#define EVENT_DATA	  17408 /* a hello of 16 KiB with record and packet headers */
 
 enum leg { LEG_CLIENT, LEG_BACKEND };
 
@@ -62,9 +62,9 @@ enum unknown_flow { UNKNOWN_FLOW_RESET, UNKNOWN_FLOW_PASS, UNKNOWN_FLOW_DROP };
 
 enum event_kind {
 	EVENT_HELLO = 1, /* a client's data, FIN or RST with a valid cookie */
-	EVENT_BACKEND, /* a backend's packet to a source port with no flow */
-	EVENT_CLOSING, /* the first FIN or RST of one side of a bound flow */
-	EVENT_UNKNOWN, /* a packet of a connection nobody knows, to be reset */
+	EVENT_BACKEND,	 /* a backend's packet to a source port with no flow */
+	EVENT_CLOSING,	 /* the first FIN or RST of one side of a bound flow */
+	EVENT_UNKNOWN,	 /* a packet of a connection nobody knows, to be reset */
 	EVENT_LEN,
 };
 
@@ -80,7 +80,7 @@ struct listener_key {
 };
 
 struct listener {
-	__u16 id; /* 1 up, in the order of routes.yaml */
+	__u16 id;	   /* 1 up, in the order of routes.yaml */
 	__u8 unknown_flow; /* enum unknown_flow */
 	__u8 pad;
 };
@@ -100,37 +100,37 @@ struct path {
 /* Where a bound packet leaves. gateway all zero: the destination is on the link. */
 struct nexthop {
 	__u32 ifindex; /* 0: unset */
-	__u16 mtu; /* bytes of an IP packet */
-	__u8 family; /* AF_INET or AF_INET6 of the gateway */
+	__u16 mtu;     /* bytes of an IP packet */
+	__u8 family;   /* AF_INET or AF_INET6 of the gateway */
 	__u8 pad;
 	__be32 gateway[4];
 };
 
 /* Bits 24 to 31 of flow.control, only ever set, by atomic or. */
 enum flow_state {
-	FLOW_FIN = 1 << 24, /* this side sent a FIN */
-	FLOW_RST = 1 << 25, /* this side sent a RST */
+	FLOW_FIN = 1 << 24,	  /* this side sent a FIN */
+	FLOW_RST = 1 << 25,	  /* this side sent a RST */
 	FLOW_CONFIRMED = 1 << 26, /* this side acknowledged something new */
 };
 
 #define FLOW_NEXTHOP_MASK 0xffff
-#define FLOW_SHIFT_POS 16
-#define FLOW_SHIFT_MASK 0x1f
-#define FLOW_SHIFT_BIAS 14
+#define FLOW_SHIFT_POS	  16
+#define FLOW_SHIFT_MASK	  0x1f
+#define FLOW_SHIFT_BIAS	  14
 
 /* One direction of a bound flow, all that both families share. The engine
  * inserts it once; from then on only the kernel programs write it.
  */
 struct flow {
-	__u64 bytes; /* TCP payload */
-	__u32 seq, ack; /* added to the packet's */
-	__u32 tsval, tsecr; /* added to the packet's */
-	__u32 last_ack; /* of the last packet with ACK, as this side sent it */
-	__u32 packets; /* wire packets, modulo 2^32 */
-	__u32 last_seen; /* CLOCK_MONOTONIC in units of 2^20 ns, modulo 2^32 */
-	__u32 control; /* next hop 0-15, window shift + 14 16-20, state 24-31 */
-	__u16 generation; /* tells one use of a tuple from the next */
-	__u16 id; /* client leg: the backend's; backend leg: the route's */
+	__u64 bytes;	     /* TCP payload */
+	__u32 seq, ack;	     /* added to the packet's */
+	__u32 tsval, tsecr;  /* added to the packet's */
+	__u32 last_ack;	     /* of the last packet with ACK, as this side sent it */
+	__u32 packets;	     /* wire packets, modulo 2^32 */
+	__u32 last_seen;     /* CLOCK_MONOTONIC in units of 2^20 ns, modulo 2^32 */
+	__u32 control;	     /* next hop 0-15, window shift + 14 16-20, state 24-31 */
+	__u16 generation;    /* tells one use of a tuple from the next */
+	__u16 id;	     /* client leg: the backend's; backend leg: the route's */
 	__be16 sport, dport; /* the packet's new ports */
 };
 
@@ -167,10 +167,10 @@ struct cookie_key {
 
 /* The live switches, written by the daemon about once a second. */
 struct live {
-	__u64 beat; /* CLOCK_MONOTONIC ns of the daemon's last sign of life */
-	__u64 wall_offset; /* CLOCK_REALTIME - CLOCK_MONOTONIC, ns */
+	__u64 beat;		   /* CLOCK_MONOTONIC ns of the daemon's last sign of life */
+	__u64 wall_offset;	   /* CLOCK_REALTIME - CLOCK_MONOTONIC, ns */
 	struct cookie_key keys[4]; /* by slot & 3 */
-	__u16 mss4, mss6; /* announced in SYN-ACKs */
+	__u16 mss4, mss6;	   /* announced in SYN-ACKs */
 	__u32 pad;
 };
 
@@ -180,12 +180,12 @@ _Static_assert(sizeof(struct live) == 88, "live");
 struct event_header {
 	__u64 time; /* CLOCK_MONOTONIC ns */
 	__u32 ifindex;
-	__u32 length; /* of the IP packet; more than captured: cut */
+	__u32 length;	/* of the IP packet; more than captured: cut */
 	__u16 captured; /* bytes that follow */
 	__u16 listener; /* struct listener.id, 0 on the backend leg */
-	__u8 kind; /* enum event_kind */
-	__u8 leg; /* enum leg */
-	__u8 mac[6]; /* who sent the frame */
+	__u8 kind;	/* enum event_kind */
+	__u8 leg;	/* enum leg */
+	__u8 mac[6];	/* who sent the frame */
 	__u8 pad[4];
 };
 

@@ -11,17 +11,17 @@
 #ifndef SNILB_COOKIE_H
 #define SNILB_COOKIE_H
 
-#define COOKIE_SLOT_NS 16000000000ULL
+#define COOKIE_SLOT_NS	  16000000000ULL
 #define COOKIE_SLOTS_BACK 2 /* accepted beside the current one */
-#define COOKIE_MAC_BITS 22
-#define COOKIE_MAC_MASK ((1u << COOKIE_MAC_BITS) - 1)
-#define COOKIE_NO_WSCALE 15
+#define COOKIE_MAC_BITS	  22
+#define COOKIE_MAC_MASK	  ((1u << COOKIE_MAC_BITS) - 1)
+#define COOKIE_NO_WSCALE  15
 
 /* MSS values a cookie can hold: the largest not above the client's own is taken.
  * Every host takes 536 bytes (RFC 1122 4.2.2.6), so smaller ones count as that.
  */
-static const __u16 mss_classes4[8] = { 536, 1220, 1360, 1400, 1440, 1452, 1460, 8960 };
-static const __u16 mss_classes6[8] = { 1220, 1280, 1360, 1380, 1420, 1432, 1440, 8940 };
+static const __u16 mss_classes4[8] = {536, 1220, 1360, 1400, 1440, 1452, 1460, 8960};
+static const __u16 mss_classes6[8] = {1220, 1280, 1360, 1380, 1420, 1432, 1440, 8940};
 
 /* The option bits of a cookie: class 3, scale 4, SACK 1. */
 struct cookie_options {

@@ -23,8 +23,8 @@ static __always_inline bool ring_is_busy(__u32 worker)
 
 struct event_what {
 	__u16 listener; /* struct listener.id, 0 on the backend leg */
-	__u8 kind; /* enum event_kind */
-	__u8 leg; /* enum leg */
+	__u8 kind;	/* enum event_kind */
+	__u8 leg;	/* enum leg */
 };
 
 /* Returns false when the ring is full: the packet is then lost to the engine, and

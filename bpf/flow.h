@@ -4,8 +4,8 @@
 #define SNILB_FLOW_H
 
 /* Not in the UAPI headers of the oldest kernel we build on. */
-#define F_IPV6 (1ULL << 7)
-#define F_PSEUDO_HDR (1ULL << 4)
+#define F_IPV6		 (1ULL << 7)
+#define F_PSEUDO_HDR	 (1ULL << 4)
 #define TCP_CHECK_OFFSET 16
 
 /* One entry, of one table: the other pointer is NULL. The verifier follows which
@@ -30,7 +30,7 @@ static __always_inline struct flow4_key flow4_key_of(const struct packet *pkt, _
 
 static __always_inline struct flow6_key flow6_key_of(const struct packet *pkt, __u32 leg)
 {
-	struct flow6_key key = { .sport = pkt->sport, .dport = pkt->dport, .leg = leg };
+	struct flow6_key key = {.sport = pkt->sport, .dport = pkt->dport, .leg = leg};
 
 	address_copy(key.saddr, pkt->saddr);
 	address_copy(key.daddr, pkt->daddr);
@@ -131,7 +131,7 @@ static __always_inline void flow_announce_end(struct __sk_buff *skb, const struc
 					      struct flow *flow, __u32 leg)
 {
 	__u32 state = (pkt->flags & TCP_FIN ? FLOW_FIN : 0) | (pkt->flags & TCP_RST ? FLOW_RST : 0);
-	struct event_what what = { .kind = EVENT_CLOSING, .leg = leg };
+	struct event_what what = {.kind = EVENT_CLOSING, .leg = leg};
 
 	if ((flow->control & state) == state)
 		return;
@@ -159,7 +159,7 @@ static __always_inline int flow_fix_checksum(struct __sk_buff *skb, const struct
 static __always_inline int nexthop_send(struct __sk_buff *skb, const struct nexthop *hop,
 					__u8 family, const __be32 daddr[4])
 {
-	struct bpf_redir_neigh to = { .nh_family = hop->family };
+	struct bpf_redir_neigh to = {.nh_family = hop->family};
 	bool on_link = !(hop->gateway[0] | hop->gateway[1] | hop->gateway[2] | hop->gateway[3]);
 
 	if (on_link)

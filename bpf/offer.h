@@ -31,7 +31,7 @@ static __always_inline bool listener_has_port(__be16 port)
 
 static __always_inline struct listener *listener_find(const struct packet *pkt)
 {
-	struct listener_key key = { .port = pkt->dport };
+	struct listener_key key = {.port = pkt->dport};
 
 	address_copy(key.addr, pkt->daddr);
 	return bpf_map_lookup_elem(&listeners, &key);
@@ -39,7 +39,7 @@ static __always_inline struct listener *listener_find(const struct packet *pkt)
 
 static __always_inline bool path_is_ours(const struct packet *pkt)
 {
-	struct path_key key = { .port = pkt->sport };
+	struct path_key key = {.port = pkt->sport};
 
 	address_copy(key.backend, pkt->saddr);
 	address_copy(key.source, pkt->daddr);
@@ -120,7 +120,7 @@ static __always_inline bool unknown_is_allowed(__u64 now)
 static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *pkt,
 					 const struct listener *listener)
 {
-	struct event_what what = { .kind = EVENT_UNKNOWN, .listener = listener->id };
+	struct event_what what = {.kind = EVENT_UNKNOWN, .listener = listener->id};
 
 	if (listener->unknown_flow == UNKNOWN_FLOW_PASS)
 		return pass(REASON_UNKNOWN_PASS);
@@ -134,15 +134,26 @@ static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *p
 	return drop(REASON_UNKNOWN_RESET);
 }
 
+/* The last ACK of a connection that its client opened and closed without a word:
+ * the engine's FIN has moved it one past the cookie's own.
+ */
+static __always_inline bool is_last_ack(const struct live *ctl, const struct packet *pkt,
+					__u64 wall)
+{
+	return (pkt->flags & (TCP_ACK | TCP_FIN | TCP_SYN | TCP_RST)) == TCP_ACK && !pkt->payload &&
+	       cookie_valid(ctl, pkt, pkt->ack - 2, wall);
+}
+
 /* A packet to one of our ports that belongs to no bound flow. closing: it had one,
  * which is over.
  */
 static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool closing)
 {
 	__u32 zero = 0, cookie = pkt->ack - 1;
+	__u64 wall;
 	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
 	struct listener *listener = listener_find(pkt);
-	struct event_what what = { .kind = EVENT_HELLO };
+	struct event_what what = {.kind = EVENT_HELLO};
 
 	if (!listener || !ctl)
 		return pass(REASON_NOT_OURS);
@@ -153,9 +164,11 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 	 */
 	if (socket_owns(skb, pkt))
 		return pass(REASON_SOCKET);
+	wall = bpf_ktime_get_coarse_ns() + ctl->wall_offset;
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
-	    !cookie_valid(ctl, pkt, cookie, bpf_ktime_get_coarse_ns() + ctl->wall_offset))
-		return offer_unknown(skb, pkt, listener);
+	    !cookie_valid(ctl, pkt, cookie, wall))
+		return is_last_ack(ctl, pkt, wall) ? drop(REASON_HANDSHAKE_ACK)
+						   : offer_unknown(skb, pkt, listener);
 	if (!pkt->payload && !(pkt->flags & (TCP_FIN | TCP_RST)))
 		return drop(REASON_HANDSHAKE_ACK);
 	what.listener = listener->id;
@@ -169,7 +182,7 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
  */
 static __always_inline int backend_event(struct __sk_buff *skb, struct packet *pkt)
 {
-	struct event_what what = { .kind = EVENT_BACKEND, .leg = LEG_BACKEND };
+	struct event_what what = {.kind = EVENT_BACKEND, .leg = LEG_BACKEND};
 
 	if (!event_send(skb, pkt, what, port_worker(pkt->dport), EVENT_DATA))
 		return drop(REASON_EVENT_LOST);

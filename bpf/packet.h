@@ -3,12 +3,12 @@
 #ifndef SNILB_PACKET_H
 #define SNILB_PACKET_H
 
-#define ETH_P_IP 0x0800
-#define ETH_P_IPV6 0x86DD
-#define ETH_P_8021Q 0x8100
+#define ETH_P_IP     0x0800
+#define ETH_P_IPV6   0x86DD
+#define ETH_P_8021Q  0x8100
 #define ETH_P_8021AD 0x88A8
 
-#define AF_INET 2
+#define AF_INET	 2
 #define AF_INET6 10
 
 #define TCP_FIN 0x01
@@ -18,8 +18,8 @@
 #define TCP_ACK 0x10
 
 #define IP_OFFSET_OR_MORE 0x3fff /* fragment offset and MF, host order */
-#define VLAN_HEADER 4
-#define TCP_HEADER_MAX 60
+#define VLAN_HEADER	  4
+#define TCP_HEADER_MAX	  60
 
 /* A TCP packet of either family. IPv4 addresses are v4-mapped, so that one key
  * serves both in the tables that are not looked up for every packet.
@@ -28,12 +28,12 @@ struct packet {
 	__be32 saddr[4], daddr[4];
 	__be16 sport, dport;
 	__u32 seq, ack;
-	__u32 l3, l4; /* offsets from the frame's start, bytes */
-	__u32 header; /* of TCP with its options, bytes: 20 to 60 */
-	__u32 length; /* of the IP packet, bytes */
+	__u32 l3, l4;  /* offsets from the frame's start, bytes */
+	__u32 header;  /* of TCP with its options, bytes: 20 to 60 */
+	__u32 length;  /* of the IP packet, bytes */
 	__u32 payload; /* of TCP, bytes */
-	__u8 family; /* AF_INET or AF_INET6 */
-	__u8 flags; /* TCP_* */
+	__u8 family;   /* AF_INET or AF_INET6 */
+	__u8 flags;    /* TCP_* */
 	__u8 ttl;
 	__u8 tagged; /* one VLAN tag, in the frame */
 };

@@ -6,19 +6,19 @@
 #ifndef SNILB_REWRITE_H
 #define SNILB_REWRITE_H
 
-#define TCPOPT_EOL 0
-#define TCPOPT_NOP 1
-#define TCPOPT_MSS 2
-#define TCPOPT_WSCALE 3
+#define TCPOPT_EOL	      0
+#define TCPOPT_NOP	      1
+#define TCPOPT_MSS	      2
+#define TCPOPT_WSCALE	      3
 #define TCPOPT_SACK_PERMITTED 4
-#define TCPOPT_SACK 5
-#define TCPOPT_TIMESTAMP 8
-#define TCPOPT_MAX 40
-#define NOP_NOP_TIMESTAMP 0x0101080a
+#define TCPOPT_SACK	      5
+#define TCPOPT_TIMESTAMP      8
+#define TCPOPT_MAX	      40
+#define NOP_NOP_TIMESTAMP     0x0101080a
 
 struct csum_change {
 	__u64 pseudo; /* addresses: under the TCP checksum and IPv6's only */
-	__u64 tcp; /* the TCP header itself */
+	__u64 tcp;    /* the TCP header itself */
 };
 
 /* The options of one packet, copied out: 64 bytes let an index be masked. */
@@ -79,7 +79,7 @@ static long option_translate(__u32 i, struct options *o)
 static __noinline __s64 rewrite_options(struct __sk_buff *skb, __u32 at, __u32 len,
 					struct flow *flow, bool has_ack)
 {
-	struct options o = { .len = len };
+	struct options o = {.len = len};
 	__u32 old;
 
 	if (!flow || len < 4 || len > TCPOPT_MAX)

@@ -6,18 +6,18 @@
 #ifndef SNILB_SYNACK_H
 #define SNILB_SYNACK_H
 
-#define SYNACK_WINDOW 64240
-#define SYNACK_TTL 64
-#define SYN_PAYLOAD_MAX 1500
+#define SYNACK_WINDOW	 64240
+#define SYNACK_TTL	 64
+#define SYN_PAYLOAD_MAX	 1500
 #define SYN_PAYLOAD_ROOM 2048
-#define CSUM_CHUNK 512 /* bytes bpf_csum_diff takes on every kernel */
+#define CSUM_CHUNK	 512 /* bytes bpf_csum_diff takes on every kernel */
 
 /* The SYN's TCP header as it becomes the SYN-ACK's. */
 struct synack {
 	__u8 header[64]; /* 60 at the most; 64 let an index be masked */
-	__u32 len, at; /* of the header; of the option under the loop */
-	__u32 now_ms; /* our TSval */
-	__u16 mss; /* announced */
+	__u32 len, at;	 /* of the header; of the option under the loop */
+	__u32 now_ms;	 /* our TSval */
+	__u16 mss;	 /* announced */
 	__u16 client_mss;
 	__u8 client_wscale;
 	__u8 seen; /* options that count once */
@@ -46,11 +46,11 @@ static __always_inline void synack_blank(struct synack *s, __u32 at, __u32 size)
  */
 static __always_inline bool synack_option(struct synack *s, __u32 at, __u8 kind, __u8 size)
 {
-	__u8 bit = kind == TCPOPT_MSS && size == 4		? SEEN_MSS :
-		   kind == TCPOPT_WSCALE && size == 3		? SEEN_WSCALE :
-		   kind == TCPOPT_SACK_PERMITTED && size == 2	? SEEN_SACK :
-		   kind == TCPOPT_TIMESTAMP && size == 10	? SEEN_TIMESTAMP :
-								  0;
+	__u8 bit = kind == TCPOPT_MSS && size == 4		? SEEN_MSS
+		   : kind == TCPOPT_WSCALE && size == 3		? SEEN_WSCALE
+		   : kind == TCPOPT_SACK_PERMITTED && size == 2 ? SEEN_SACK
+		   : kind == TCPOPT_TIMESTAMP && size == 10	? SEEN_TIMESTAMP
+								: 0;
 
 	if (!bit || s->seen & bit)
 		return false;
@@ -213,7 +213,7 @@ static __noinline int synack_make(struct __sk_buff *skb, struct packet *pkt)
 	__u32 zero = 0;
 	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
 	__u64 now = bpf_ktime_get_coarse_ns(), tcp = 0, pseudo = 0;
-	struct synack s = { .client_wscale = COOKIE_NO_WSCALE, .at = sizeof(struct tcphdr) };
+	struct synack s = {.client_wscale = COOKIE_NO_WSCALE, .at = sizeof(struct tcphdr)};
 	struct cookie_options opt;
 	__u32 old, len;
 

@@ -42,7 +42,7 @@ func (e *Engine) Flows() ([]Flow, error) {
 			down[t] = n
 		}
 	})
-	var all []Flow
+	all := []Flow{}
 	for _, w := range e.workers {
 		w.mu.Lock()
 		for _, h := range w.handshakes {
