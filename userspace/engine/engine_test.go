@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+	"unsafe"
+
+	"snilb/maps"
+	"snilb/userspace/packet"
+)
+
+// The decoder knows offsets that only bpf/abi.h can change.
+func TestReadEventHeader(t *testing.T) {
+	want := maps.EventHeader{
+		Time: 1, Ifindex: 2, Length: 3, Captured: 4, Listener: 5, Kind: 6, Leg: 7,
+	}
+	raw := make([]byte, unsafe.Sizeof(want))
+	*(*maps.EventHeader)(unsafe.Pointer(&raw[0])) = want
+	if got := readEventHeader(raw); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+// A tuple's numbers must rise from one use to the next, or a backend that holds
+// it in TIME_WAIT refuses.
+func TestNumbersRise(t *testing.T) {
+	e := &Engine{secret: [16]byte{1}}
+	source := netip.MustParseAddrPort("198.51.100.1:10000")
+	backend := netip.MustParseAddrPort("198.51.100.11:443")
+	isn, ts := e.numbers(0, source, backend)
+	for _, later := range []time.Duration{time.Millisecond, time.Second, time.Minute} {
+		isn2, ts2 := e.numbers(int64(later), source, backend)
+		if int32(isn2-isn) <= 0 || int32(ts2-ts) <= 0 {
+			t.Errorf("after %v: ISN %d to %d, TSval %d to %d", later, isn, isn2, ts, ts2)
+		}
+	}
+	other, _ := e.numbers(0, netip.MustParseAddrPort("198.51.100.1:10001"), backend)
+	if other == isn {
+		t.Error("two tuples have the same ISN: it can be guessed (RFC 6528)")
+	}
+	e.secret[0]++
+	if again, _ := e.numbers(0, source, backend); again == isn {
+		t.Error("the ISN does not depend on the secret")
+	}
+}
+
+func TestCookieOptions(t *testing.T) {
+	for name, c := range map[string]struct {
+		class, scale, sack uint32
+		v4                 bool
+		want               packet.Options
+	}{
+		"linux":       {6, 7, 1, true, packet.Options{MSS: 1460, HasWScale: true, WScale: 7, SACKPermitted: true}},
+		"v6":          {7, 14, 0, false, packet.Options{MSS: 8940, HasWScale: true, WScale: 14}},
+		"no options":  {0, 15, 0, true, packet.Options{MSS: 536}},
+		"scale zero":  {0, 0, 0, true, packet.Options{MSS: 536, HasWScale: true}},
+		"sack, no ws": {1, 15, 1, true, packet.Options{MSS: 1220, SACKPermitted: true}},
+	} {
+		cookie := 3<<30 | c.class<<27 | c.scale<<23 | c.sack<<22 | 0x2fffff
+		if got := cookieOptions(cookie, c.v4); got != c.want {
+			t.Errorf("%s: got %+v, want %+v", name, got, c.want)
+		}
+	}
+}
+
+func TestShifts(t *testing.T) {
+	scale := func(n int) packet.Options {
+		if n < 0 {
+			return packet.Options{}
+		}
+		return packet.Options{HasWScale: true, WScale: uint8(n)}
+	}
+	for _, c := range []struct {
+		name                string
+		client, backend     int // -1: no option
+		toBackend, toClient int
+	}{
+		{"both as usual", 7, 7, 0, 0},
+		{"backend scales more", 7, 9, 0, 2},
+		{"backend scales less", 7, 2, 0, -5},
+		{"client does not scale", -1, -1, 0, 0},
+		{"backend does not scale", 8, -1, 8, -7},
+	} {
+		h := &handshake{options: scale(c.client)}
+		h.attempt.peer.Options = scale(c.backend)
+		up, down := h.shifts()
+		if up != c.toBackend || down != c.toClient {
+			t.Errorf("%s: shifts %d and %d, want %d and %d", c.name, up, down, c.toBackend, c.toClient)
+		}
+	}
+}
+
+type timerOwner struct{ timer }
+
+func (*timerOwner) expire(*worker) {}
+
+// Whatever is set, moved and stopped, timers come due in their order.
+func TestTimers(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	var ts timers
+	owners := make([]timerOwner, 300)
+	want := make(map[*timer]int64)
+	for range 5000 {
+		o := &owners[r.IntN(len(owners))]
+		o.owner = o
+		at := int64(r.IntN(1000))
+		ts.set(&o.timer, at)
+		want[&o.timer] = at
+		if at == 0 {
+			delete(want, &o.timer)
+		}
+	}
+	var fired []int64
+	for one := ts.due(2000); one != nil; one = ts.due(2000) {
+		if _, ok := want[one]; !ok {
+			t.Fatal("a stopped timer came due")
+		}
+		fired = append(fired, want[one])
+		delete(want, one)
+	}
+	if len(want) != 0 || !slices.IsSorted(fired) {
+		t.Errorf("%d timers never came, in order: %v", len(want), slices.IsSorted(fired))
+	}
+}
+
+type frames [][]byte
+
+func (f *frames) Write(b []byte) (int, error) {
+	*f = append(*f, bytes.Clone(b))
+	return len(b), nil
+}
+
+// A replayed hello larger than a segment is cut, and only its end has PSH and FIN.
+func TestReplayCuts(t *testing.T) {
+	var out frames
+	w := &worker{queue: &out}
+	s := packet.Segment{
+		Src: netip.MustParseAddrPort("192.0.2.2:40000"), Dst: netip.MustParseAddrPort("192.0.2.1:443"),
+		Seq: 0xffffff00, Flags: packet.ACK | packet.PSH | packet.FIN, Payload: make([]byte, 2500),
+	}
+	for i := range s.Payload {
+		s.Payload[i] = byte(i)
+	}
+	w.replay(maps.LegClient, s, 1000)
+	var all []byte
+	for i, frame := range out {
+		if frame[3] != maps.TapReplayClient {
+			t.Errorf("frame %d asks for %d", i, frame[3])
+		}
+		got, err := packet.Parse(frame[14:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Seq != s.Seq+uint32(len(all)) {
+			t.Errorf("frame %d: seq %d, want %d", i, got.Seq, s.Seq+uint32(len(all)))
+		}
+		if last := i == len(out)-1; got.Has(packet.FIN) != last || got.Has(packet.PSH) != last {
+			t.Errorf("frame %d of %d: flags %#x", i, len(out), got.Flags)
+		}
+		all = append(all, got.Payload...)
+	}
+	if len(out) != 3 || !bytes.Equal(all, s.Payload) {
+		t.Errorf("%d frames with %d bytes", len(out), len(all))
+	}
+	if kind := binary.BigEndian.Uint16(out[0][12:]); kind != 0x0800 {
+		t.Errorf("ethertype %#x", kind)
+	}
+}
+
+func TestSources(t *testing.T) {
+	var s sources
+	a, b := netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3")
+	if !s.enter(a, 2) || !s.enter(a, 2) || s.enter(a, 2) {
+		t.Error("the limit of 2 does not hold at 2")
+	}
+	if !s.enter(b, 2) {
+		t.Error("one address's hellos count for another")
+	}
+	s.leave(a)
+	if !s.enter(a, 2) {
+		t.Error("what left still counts")
+	}
+	s.leave(a)
+	s.leave(a)
+	s.leave(b)
+	if len(s.count) != 0 {
+		t.Errorf("%d addresses are remembered for nothing", len(s.count))
+	}
+}
+
+func TestIdle(t *testing.T) {
+	now := int64(100 * time.Second)
+	stamp := func(at time.Duration) uint32 { return uint32(int64(at) >> 20) }
+	if got := idle(now, stamp(98*time.Second)); got < 1990*time.Millisecond || got > 2010*time.Millisecond {
+		t.Errorf("two seconds are %v", got)
+	}
+	if got := idle(now, stamp(101*time.Second)); got != 0 {
+		t.Errorf("a stamp of the future is %v old", got)
+	}
+	if got := idle(1<<20, 0xffffffff); got != 2<<20 {
+		t.Errorf("over the wrap: %v", got)
+	}
+}
