@@ -29,7 +29,7 @@ GENERATED   = maps/snilb_bpfel.o maps/snilb_bpfel.go
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz demo clean
+.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench-bulk demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 			grep --line-buffered -E '^(--- |ok|PASS|FAIL|panic:| +--- (FAIL|SKIP))' || \
 			{ echo "--- the whole output, mode $$mode:"; cat "$$log"; exit 1; }; \
 	done
+
+bench-bulk: bpffs ## bulk download beside nginx stream and plain routing
+	$(GO) test -count=1 -v -timeout 20m ./scripts/e2e -run '^TestSideBySide$$' -bulk-rounds 7 -bulk-mib 4096
 
 bpffs:
 	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf

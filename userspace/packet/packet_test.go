@@ -63,7 +63,7 @@ func TestBuiltPacketsAreWellFormed(t *testing.T) {
 	for _, ends := range [][2]netip.AddrPort{{client4, vip4}, {client6, vip6}} {
 		s := sample(ends[0], ends[1])
 		b := s.Append(nil)
-		first := gopacket.LayerType(layers.LayerTypeIPv4)
+		first := layers.LayerTypeIPv4
 		if !ends[0].Addr().Is4() {
 			first = layers.LayerTypeIPv6
 		}
