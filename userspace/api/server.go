@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+const (
+	pathStatus = "/v1/status"
+	pathFlows  = "/v1/flows"
+	pathConfig = "/v1/config"
+	pathDetach = "/v1/detach"
+
+	jsonType  = "application/json"
+	linesType = "application/jsonl"
+
+	// dialTimeout bounds the question whether somebody listens already.
+	dialTimeout = time.Second
+	// writeTimeout bounds an answer: a million flows to a slow terminal.
+	writeTimeout = time.Minute
+	// shutdownTimeout is how long Serve waits for answers that are under way.
+	shutdownTimeout = 2 * time.Second
+)
+
+// Handlers answer the requests. All are required and are called concurrently.
+type Handlers struct {
+	Status func() (any, error)
+	Flows  func() (iter.Seq[any], error)
+	Config func() (any, error)
+	Detach func()
+}
+
+// Listen opens the socket, for its owner alone. It takes the place of a socket
+// that nobody listens on any more, but of nothing else.
+func Listen(path string) (net.Listener, error) {
+	if err := refuseUsed(path); err != nil {
+		return nil, err
+	}
+	// Nobody must find the socket before its mode is set.
+	building := path + "~new"
+	if err := os.Remove(building); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove a left socket: %w", err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: building, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listen for commands: %w", err)
+	}
+	l.SetUnlinkOnClose(false) // it knows the first name only
+	err = os.Chmod(building, 0o600)
+	if err == nil {
+		err = os.Rename(building, path)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("listen for commands: %w", err), l.Close(), os.Remove(building))
+	}
+	return &socket{Listener: l, path: path}, nil
+}
+
+// refuseUsed returns an error if what is at path is not ours to replace.
+func refuseUsed(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look at the socket: %w", err)
+	}
+	if info.Mode()&fs.ModeSocket == 0 {
+		return fmt.Errorf("%s is no socket: move it away, or choose another path by --api", path)
+	}
+	c, err := net.DialTimeout("unix", path, dialTimeout)
+	if err != nil {
+		return nil // its daemon is dead
+	}
+	return errors.Join(fmt.Errorf("another process listens on %s: stop it, or choose another path by --api", path), c.Close())
+}
+
+// socket is a listener that removes its path.
+type socket struct {
+	net.Listener
+	path string
+}
+
+func (s *socket) Close() error {
+	err := s.Listener.Close()
+	if removed := os.Remove(s.path); removed != nil && !errors.Is(removed, fs.ErrNotExist) {
+		err = errors.Join(err, fmt.Errorf("remove the socket: %w", removed))
+	}
+	return err
+}
+
+// Serve answers on l until ctx ends, then closes it and returns nil.
+func Serve(ctx context.Context, l net.Listener, h Handlers, log *slog.Logger) error {
+	server := &http.Server{
+		Handler:           handler(h),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      writeTimeout,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(l) }()
+	select {
+	case err := <-ended:
+		return fmt.Errorf("serve commands: %w", err)
+	case <-ctx.Done():
+	}
+	grace, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
+	defer cancel()
+	err := server.Shutdown(grace)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = server.Close()
+	}
+	<-ended
+	if err != nil {
+		return fmt.Errorf("stop serving commands: %w", err)
+	}
+	return nil
+}
+
+func handler(h Handlers) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+pathStatus, func(w http.ResponseWriter, _ *http.Request) { answer(w, h.Status) })
+	mux.HandleFunc("GET "+pathConfig, func(w http.ResponseWriter, _ *http.Request) { answer(w, h.Config) })
+	mux.HandleFunc("GET "+pathFlows, func(w http.ResponseWriter, r *http.Request) {
+		flows, err := h.Flows()
+		if err != nil {
+			refuse(w, err)
+			return
+		}
+		if strings.Contains(r.Header.Get("Accept"), linesType) {
+			writeLines(w, flows)
+			return
+		}
+		writeArray(w, flows)
+	})
+	mux.HandleFunc("POST "+pathDetach, func(w http.ResponseWriter, _ *http.Request) {
+		h.Detach()
+		w.WriteHeader(http.StatusAccepted)
+	})
+	return mux
+}
+
+func answer(w http.ResponseWriter, get func() (any, error)) {
+	v, err := get()
+	if err != nil {
+		refuse(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", jsonType)
+	// An error means that the reader is gone.
+	_ = json.NewEncoder(w).Encode(v)
+}
+
+// failure is the answer to a request that failed.
+type failure struct {
+	Error string `json:"error"`
+}
+
+func refuse(w http.ResponseWriter, err error) {
+	w.Header().Set("Content-Type", jsonType)
+	w.WriteHeader(http.StatusInternalServerError)
+	_ = json.NewEncoder(w).Encode(failure{err.Error()})
+}
+
+func writeLines(w http.ResponseWriter, all iter.Seq[any]) {
+	w.Header().Set("Content-Type", linesType)
+	encoder := json.NewEncoder(w)
+	for v := range all {
+		if encoder.Encode(v) != nil {
+			return // the reader is gone
+		}
+	}
+}
+
+func writeArray(w http.ResponseWriter, all iter.Seq[any]) {
+	w.Header().Set("Content-Type", jsonType)
+	encoder := json.NewEncoder(w)
+	between := "["
+	for v := range all {
+		if _, err := w.Write([]byte(between)); err != nil || encoder.Encode(v) != nil {
+			return
+		}
+		between = ","
+	}
+	if between == "[" {
+		_, _ = w.Write([]byte("["))
+	}
+	_, _ = w.Write([]byte("]\n"))
+}
