@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"snilb/loader"
+	"snilb/maps"
+	"snilb/userspace/config"
+)
+
+const (
+	modeTC = "tc"
+
+	// defaultMaxWorkers bounds the workers of a large machine: the kernel moves the
+	// packets, and the engine only sees the first ones of a connection.
+	defaultMaxWorkers   = 8
+	defaultDrainTimeout = 10 * time.Second
+)
+
+func attachCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "attach",
+		Usage:     "Balance what comes in by interfaces, in the foreground",
+		ArgsUsage: "IFACE[=MODE]...",
+		Description: "Prints a line \"ready\" on stderr once it steers. TERM and INT end it, after the connections or\n" +
+			"--drain-timeout; a second one ends it at once.",
+		Flags:        attachFlags(),
+		OnUsageError: usageError,
+		Action: func(c *cli.Context) error {
+			o, err := readAttachOptions(c)
+			if err != nil {
+				return cli.Exit(err.Error(), exitUsage)
+			}
+			file, err := config.Load(o.routes)
+			if err != nil {
+				return loadError(c.App.ErrWriter, err)
+			}
+			signals := make(chan os.Signal, 4)
+			signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1)
+			defer signal.Stop(signals)
+			return runDaemon(o, file, signals, c.App.ErrWriter)
+		},
+	}
+}
+
+func attachFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "routes", Usage: "the routes `FILE`; required"},
+		&cli.StringFlag{Name: "name", Usage: "the instance's `NAME`", Value: loader.DefaultName},
+		&cli.StringFlag{Name: "mode", Usage: "attach by `MODE`: tc", Value: modeTC},
+		&cli.StringFlag{Name: "order", Usage: "the `PLACE` among other programs: first or last", Value: string(loader.OrderFirst)},
+		&cli.StringFlag{Name: "api", Usage: "listen for commands at `PATH` instead of /run/snilb/NAME.sock"},
+		&cli.DurationFlag{Name: "dead-after", Usage: "leave new connections to the stack after `DURATION` without a sign of the daemon", Value: loader.DefaultDeadAfter},
+		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do with the programs at the end: detach", Value: "detach"},
+		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` a dead daemon's new connections meet: pass", Value: "pass"},
+		&cli.DurationFlag{Name: "drain-timeout", Usage: "how long connections may go on after TERM, as `DURATION`", Value: defaultDrainTimeout},
+		&cli.StringFlag{Name: "log-format", Usage: "`FORMAT`: text or json", Value: "text"},
+		&cli.IntFlag{Name: "workers", Hidden: true, Value: min(runtime.NumCPU(), defaultMaxWorkers)},
+		// Part of the contract, but not built yet.
+		&cli.BoolFlag{Name: "watch", Hidden: true},
+		&cli.StringFlag{Name: "metrics", Hidden: true},
+		&cli.DurationFlag{Name: "drain-delay", Hidden: true},
+		&cli.StringFlag{Name: "cookie-key", Hidden: true},
+		&cli.StringFlag{Name: "access-log", Hidden: true},
+	}
+}
+
+// attachOptions is the command line of attach.
+type attachOptions struct {
+	interfaces   []string
+	routes       string
+	name         string
+	socket       string // "": where the name puts it
+	order        loader.Order
+	deadAfter    time.Duration
+	drainTimeout time.Duration
+	jsonLogs     bool
+	workers      int
+}
+
+func readAttachOptions(c *cli.Context) (attachOptions, error) {
+	o := attachOptions{
+		routes:       c.String("routes"),
+		name:         c.String("name"),
+		socket:       c.String("api"),
+		order:        loader.Order(c.String("order")),
+		deadAfter:    c.Duration("dead-after"),
+		drainTimeout: c.Duration("drain-timeout"),
+		jsonLogs:     c.String("log-format") == "json",
+		workers:      c.Int("workers"),
+	}
+	if err := refuseUnsupported(c); err != nil {
+		return o, err
+	}
+	var err error
+	if o.interfaces, err = readInterfaces(c.Args().Slice()); err != nil {
+		return o, err
+	}
+	if _, err := loader.SocketPath(o.name); err != nil {
+		return o, fmt.Errorf("--name: %w", err)
+	}
+	switch {
+	case o.routes == "":
+		return o, fmt.Errorf("attach needs --routes FILE")
+	case o.order != loader.OrderFirst && o.order != loader.OrderLast:
+		return o, fmt.Errorf("--order %q: use first or last", o.order)
+	case o.deadAfter < 2*time.Second:
+		return o, fmt.Errorf("--dead-after %s: use 2s or more, as the daemon gives a sign of life once a second", o.deadAfter)
+	case o.drainTimeout < 0:
+		return o, fmt.Errorf("--drain-timeout %s: use 0s or more", o.drainTimeout)
+	case !slices.Contains([]string{"text", "json"}, c.String("log-format")):
+		return o, fmt.Errorf("--log-format %q: use text or json", c.String("log-format"))
+	case o.workers < 1 || o.workers > maps.MaxWorkers:
+		return o, fmt.Errorf("--workers %d: use 1 to %d", o.workers, maps.MaxWorkers)
+	}
+	return o, nil
+}
+
+// refuseUnsupported refuses what the contract has and this build does not.
+func refuseUnsupported(c *cli.Context) error {
+	if err := checkMode("--mode "+c.String("mode"), c.String("mode")); err != nil {
+		return err
+	}
+	for _, choice := range []struct {
+		flag, only string
+		later      []string
+	}{
+		{"on-exit", "detach", []string{"keep"}},
+		{"on-dead", "pass", []string{"reset", "hold"}},
+	} {
+		switch value := c.String(choice.flag); {
+		case value == choice.only:
+		case slices.Contains(choice.later, value):
+			return fmt.Errorf("--%s %s is not supported yet: use %s", choice.flag, value, choice.only)
+		default:
+			return fmt.Errorf("--%s cannot be %q: use %s", choice.flag, value, choice.only)
+		}
+	}
+	for flag, used := range map[string]bool{
+		"watch":       c.Bool("watch"),
+		"metrics":     c.String("metrics") != "",
+		"drain-delay": c.Duration("drain-delay") != 0,
+		"cookie-key":  c.String("cookie-key") != "",
+		"access-log":  c.String("access-log") != "",
+	} {
+		if used {
+			return fmt.Errorf("--%s is not supported yet: leave it out", flag)
+		}
+	}
+	return nil
+}
+
+func checkMode(written, mode string) error {
+	switch mode {
+	case modeTC:
+		return nil
+	case "xdp", "xdp-generic":
+		return fmt.Errorf("%s: %s is not supported yet: use tc", written, mode)
+	}
+	return fmt.Errorf("%s: no mode %q: use tc", written, mode)
+}
+
+// readInterfaces reads IFACE or IFACE=MODE.
+func readInterfaces(words []string) ([]string, error) {
+	if len(words) == 0 {
+		return nil, fmt.Errorf("attach needs at least one interface that faces clients: snilb attach eth0 --routes routes.yaml")
+	}
+	var names []string
+	for _, word := range words {
+		name, mode, given := strings.Cut(word, "=")
+		if name == "" {
+			return nil, fmt.Errorf("%q names no interface", word)
+		}
+		if given {
+			if err := checkMode(word, mode); err != nil {
+				return nil, err
+			}
+		}
+		if slices.Contains(names, name) {
+			return nil, fmt.Errorf("interface %s is named twice: name it once", name)
+		}
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+func newLogger(out io.Writer, asJSON bool) *slog.Logger {
+	if asJSON {
+		return slog.New(slog.NewJSONHandler(out, nil))
+	}
+	return slog.New(slog.NewTextHandler(out, nil))
+}

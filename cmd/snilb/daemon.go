@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"snilb/loader"
+	"snilb/maps"
+	"snilb/userspace/api"
+	"snilb/userspace/config"
+	"snilb/userspace/engine"
+)
+
+// drainPoll is how often a draining daemon looks whether connections are left.
+const drainPoll = 50 * time.Millisecond
+
+// server is a running daemon. All but the atomics is set before it serves.
+type server struct {
+	o        attachOptions
+	config   *config.Config
+	log      *slog.Logger
+	out      io.Writer // where "ready" goes
+	started  time.Time
+	instance *loader.Instance
+	engine   *engine.Engine
+	socket   net.Listener
+
+	// failed holds what ended one of the parts that run; each of the three writes once.
+	failed chan error
+	asked  chan struct{} // holds the wish of `snilb detach`
+
+	ready, draining atomic.Bool // read by the socket's handlers
+}
+
+// runDaemon attaches, serves until a signal, a command or a failure, and leaves
+// nothing behind.
+func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out io.Writer) (err error) {
+	s := &server{
+		o: o, config: c, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
+		failed: make(chan error, 3), asked: make(chan struct{}, 1),
+	}
+	for _, w := range c.Warnings {
+		s.log.Warn(w.What, "at", w.Position.String(), "remedy", w.Remedy)
+	}
+	s.instance, err = loader.Load(loader.Options{
+		Name: o.name, Interfaces: o.interfaces, Workers: o.workers, FlowEntries: c.Limits.Flows,
+		DeadAfter: o.deadAfter, Order: o.order, Logger: s.log,
+	})
+	if err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
+	defer func() {
+		if closeErr := s.instance.Close(); closeErr != nil {
+			err = errors.Join(err, fmt.Errorf("detach: %w", closeErr))
+		}
+	}()
+	if err := s.prepare(); err != nil {
+		return s.setupError(err)
+	}
+	return s.run(signals)
+}
+
+// setupError prints what is wrong with the file, line by line.
+func (s *server) setupError(err error) error {
+	var problems config.Problems
+	if errors.As(err, &problems) {
+		return loadError(s.out, problems)
+	}
+	return fmt.Errorf("attach: %w", err)
+}
+
+// prepare fills the tables and makes the parts that run; nothing runs yet.
+func (s *server) prepare() error {
+	problems := eachBackend(s.config, func(addr netip.AddrPort) error {
+		_, err := s.instance.AddBackend(addr)
+		return err
+	})
+	if len(problems) > 0 {
+		return problems
+	}
+	if err := s.instance.SetListeners(listenerSpecs(s.config)); err != nil {
+		return err
+	}
+	plan, err := engine.NewPlan(s.config, nil)
+	if err != nil {
+		return err
+	}
+	path := s.o.socket
+	if path == "" {
+		path = s.instance.Socket()
+	}
+	// Before the engine, whose rings only Run closes.
+	if s.socket, err = api.Listen(path); err != nil {
+		return err
+	}
+	if s.engine, err = engine.New(s.engineOptions(), plan); err != nil {
+		return errors.Join(err, s.socket.Close())
+	}
+	return nil
+}
+
+func (s *server) engineOptions() engine.Options {
+	o := engine.Options{
+		Tables: s.instance.Tables(),
+		NextHop: func(addr netip.Addr) (engine.Hop, error) {
+			hop, err := s.instance.NextHop(addr)
+			return engine.Hop{Index: hop.Index, MTU: hop.MTU, Source: hop.Source}, err
+		},
+		MSS:             s.instance.MTU,
+		SourcePortFirst: loader.DefaultSourcePortFirst,
+		SourcePortLast:  loader.DefaultSourcePortLast,
+		Log:             s.log,
+	}
+	for i, queue := range s.instance.TapQueues() {
+		o.Rings = append(o.Rings, s.instance.Ring(i))
+		o.Queues = append(o.Queues, queue)
+	}
+	return o
+}
+
+func listenerSpecs(c *config.Config) []loader.ListenerSpec {
+	unknown := map[config.ActionKind]uint8{
+		config.Reset: maps.UnknownFlowReset, config.Pass: maps.UnknownFlowPass, config.Drop: maps.UnknownFlowDrop,
+	}[c.UnknownFlow]
+	var specs []loader.ListenerSpec
+	for _, l := range c.Listeners {
+		specs = append(specs, loader.ListenerSpec{ID: uint16(l.Index + 1), Addr: l.Addr, UnknownFlow: unknown})
+	}
+	return specs
+}
+
+// run starts the parts, attaches and waits. The parts have ended when it returns.
+func (s *server) run(signals <-chan os.Signal) error {
+	ctx, stop := context.WithCancel(context.Background())
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	defer stop()
+	start := func(part func(context.Context) error) {
+		parts.Go(func() { s.failed <- part(ctx) })
+	}
+	// All before Attach: no packet may meet a daemon that is not there.
+	start(s.engine.Run)
+	start(s.instance.Run)
+	start(func(ctx context.Context) error { return api.Serve(ctx, s.socket, s.handlers(), s.log) })
+	if err := s.instance.Attach(); err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
+	s.announce()
+	return s.wait(signals)
+}
+
+// announce says that the daemon steers.
+func (s *server) announce() {
+	s.ready.Store(true)
+	if s.o.jsonLogs {
+		s.log.Info("ready")
+	} else {
+		_, _ = io.WriteString(s.out, "ready\n")
+	}
+	s.notify(daemon.SdNotifyReady)
+}
+
+func (s *server) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		s.log.Warn("tell the service manager", "error", err)
+	}
+}
+
+// wait returns when the daemon shall end.
+func (s *server) wait(signals <-chan os.Signal) error {
+	for {
+		select {
+		case err := <-s.failed:
+			return partError(err)
+		case <-s.asked:
+			s.log.Info("asked to detach")
+			return s.drain(signals)
+		case sig := <-signals:
+			if !s.minor(sig) {
+				s.log.Info("ending", "signal", sig.String())
+				return s.drain(signals)
+			}
+		}
+	}
+}
+
+// minor handles the signals that do not end the daemon.
+func (s *server) minor(sig os.Signal) bool {
+	switch sig {
+	case syscall.SIGHUP:
+		s.log.Warn("reload not supported yet: start snilb again to read the file")
+	case syscall.SIGUSR1:
+		s.log.Info("no log file to open again")
+	default:
+		return false
+	}
+	return true
+}
+
+// partError is the error of a part that ended by itself.
+func partError(err error) error {
+	if err == nil {
+		err = errors.New("a part of the daemon has ended by itself")
+	}
+	return fmt.Errorf("running: %w", err)
+}
+
+// drain leaves new connections to the stack and waits for the others, but not
+// beyond the timeout or another signal.
+func (s *server) drain(signals <-chan os.Signal) error {
+	s.draining.Store(true)
+	s.ready.Store(false)
+	s.notify(daemon.SdNotifyStopping)
+	if err := s.engine.StopListening(); err != nil {
+		return fmt.Errorf("stop listening: %w", err)
+	}
+	timeout := time.After(s.o.drainTimeout)
+	poll := time.NewTicker(drainPoll)
+	defer poll.Stop()
+	for s.engine.Bound()+s.engine.Status().HalfOpen > 0 {
+		select {
+		case err := <-s.failed:
+			return partError(err)
+		case <-timeout:
+			s.log.Warn("the drain timeout ends connections", "flows", s.engine.Bound())
+			return nil
+		case sig := <-signals:
+			if !s.minor(sig) {
+				s.log.Warn("ending at once", "signal", sig.String(), "flows", s.engine.Bound())
+				return nil
+			}
+		case <-poll.C:
+		}
+	}
+	return nil
+}
+
+func (s *server) handlers() api.Handlers {
+	return api.Handlers{
+		Status: func() (any, error) { return s.status() },
+		Config: func() (any, error) { return summarize(s.config), nil },
+		Flows: func() (iter.Seq[any], error) {
+			flows, err := s.engine.Flows()
+			return func(yield func(any) bool) {
+				for i := range flows {
+					if !yield(&flows[i]) {
+						return
+					}
+				}
+			}, err
+		},
+		Detach: func() {
+			select {
+			case s.asked <- struct{}{}:
+			default: // somebody has asked already
+			}
+		},
+	}
+}
+
+func (s *server) status() (statusDocument, error) {
+	d := statusDocument{
+		Name: s.o.name, PID: os.Getpid(), Version: version(), Uptime: time.Since(s.started).Round(time.Millisecond).Seconds(),
+		Ready: s.ready.Load(), Draining: s.draining.Load(), Routes: s.config.File, Listeners: summarizeListeners(s.config),
+		Interfaces: []interfaceStatus{}, Pools: summarizePools(s.config), Engine: s.engine.Status(),
+	}
+	for _, i := range s.instance.Interfaces() {
+		packets, err := s.instance.Tables().Packets(i.Slot)
+		if err != nil {
+			return d, fmt.Errorf("read the counters of %s: %w", i.Name, err)
+		}
+		d.Interfaces = append(d.Interfaces, interfaceStatus{
+			Name: i.Name, Role: string(i.Role), Mode: i.Mode, Hook: i.Hook, Packets: namePackets(packets),
+		})
+	}
+	return d, nil
+}
+
+// namePackets leaves out what never happened.
+func namePackets(c maps.CounterSet) map[string]uint64 {
+	named := make(map[string]uint64)
+	for i, n := range c.Packets {
+		if n > 0 {
+			named[string(maps.Reasons[i].Action)+"/"+maps.Reasons[i].Name] += n
+		}
+	}
+	return named
+}

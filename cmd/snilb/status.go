@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/urfave/cli/v2"
+)
+
+func statusCommand() *cli.Command {
+	return &cli.Command{
+		Name:         "status",
+		Usage:        "Say whether the daemon steers, where, and what it has done",
+		Description:  "Ends with code 1 if it does not steer.",
+		Flags:        clientFlags(outputFlag(formatTable)),
+		OnUsageError: usageError,
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 0 {
+				return cli.Exit("status takes no arguments", exitUsage)
+			}
+			format, err := outputFormat(c)
+			if err != nil {
+				return err
+			}
+			client, err := newClient(c)
+			if err != nil {
+				return cli.Exit(err.Error(), exitUsage)
+			}
+			raw, err := client.Status(c.Context)
+			if err != nil {
+				return noDaemon(c.String("name"), err)
+			}
+			return printStatus(c.App.Writer, format, raw)
+		},
+	}
+}
+
+// statusDocument is what the daemon says of itself.
+type statusDocument struct {
+	Name       string            `json:"name"`
+	PID        int               `json:"pid"`
+	Version    string            `json:"version"`
+	Uptime     float64           `json:"uptime_seconds"`
+	Ready      bool              `json:"ready"`
+	Draining   bool              `json:"draining"`
+	Routes     string            `json:"routes"` // the file
+	Listeners  []listenerSummary `json:"listeners"`
+	Interfaces []interfaceStatus `json:"interfaces"`
+	Pools      []poolSummary     `json:"pools"`
+	// Engine is engine.Status, which the table prints without knowing it.
+	Engine any `json:"engine"`
+}
+
+type interfaceStatus struct {
+	Name    string            `json:"name"`
+	Role    string            `json:"role"` // client, backend or tap
+	Mode    string            `json:"mode"`
+	Hook    string            `json:"hook"`    // tcx or clsact
+	Packets map[string]uint64 `json:"packets"` // by action/reason
+}
+
+// printStatus prints a status; its error says that the daemon does not steer.
+func printStatus(out io.Writer, format string, raw json.RawMessage) error {
+	var s statusDocument
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return fmt.Errorf("read the daemon's answer: %w", err)
+	}
+	var err error
+	if format == formatTable {
+		err = printStatusTable(out, raw, &s)
+	} else {
+		err = printDocument(out, format, raw)
+	}
+	if err == nil && !s.Ready {
+		return cli.Exit(fmt.Sprintf("daemon %s does not steer: %s", s.Name, s.state()), exitFailed)
+	}
+	return err
+}
+
+func (s *statusDocument) state() string {
+	switch {
+	case s.Draining:
+		return "draining"
+	case s.Ready:
+		return "ready"
+	}
+	return "starting"
+}
+
+func printStatusTable(out io.Writer, raw json.RawMessage, s *statusDocument) error {
+	tree, err := decodeTree(raw)
+	if err != nil {
+		return err
+	}
+	w := newTable(out)
+	_, _ = fmt.Fprintf(w, "instance\t%s (pid %d, version %s)\n", s.Name, s.PID, s.Version)
+	_, _ = fmt.Fprintf(w, "state\t%s for %s\n", s.state(), time.Duration(s.Uptime*float64(time.Second)).Round(time.Second))
+	_, _ = fmt.Fprintf(w, "routes\t%s\n", s.Routes)
+	for _, l := range s.Listeners {
+		_, _ = fmt.Fprintf(w, "listener\t%s\n", l.Name)
+	}
+	for _, i := range s.Interfaces {
+		_, _ = fmt.Fprintf(w, "interface\t%s %s, %s by %s\n", i.Name, i.Role, i.Mode, i.Hook)
+		for _, reason := range slices.Sorted(maps.Keys(i.Packets)) {
+			_, _ = fmt.Fprintf(w, "\t%s %d\n", reason, i.Packets[reason])
+		}
+	}
+	for _, p := range s.Pools {
+		_, _ = fmt.Fprintf(w, "pool\t%s, %s\n", p.Name, p.Balance)
+		for _, b := range p.Backends {
+			_, _ = fmt.Fprintf(w, "\t%s name %s weight %d\n", b.Address, b.Name, b.Weight)
+		}
+	}
+	if object, ok := tree.(map[string]any); ok {
+		writeTree(w, "", object["engine"])
+	}
+	return w.Flush()
+}
