@@ -171,6 +171,26 @@ static __always_inline int nexthop_send(struct __sk_buff *skb, const struct next
 	return bpf_redirect_neigh(hop->ifindex, &to, sizeof(to), 0);
 }
 
+/* What a super-packet (GSO) becomes on a wire. Its count of segments may be left to
+ * the kernel, as the drivers of virtual machines do: only gso_size tells it then.
+ */
+static __always_inline __u32 flow_wire_packets(struct __sk_buff *skb, const struct packet *pkt)
+{
+	__u32 size = skb->gso_size;
+
+	if (skb->gso_segs)
+		return skb->gso_segs;
+	return size && pkt->payload > size ? (pkt->payload + size - 1) / size : 1;
+}
+
+/* Bytes of its largest IP packet there. */
+static __always_inline __u32 flow_wire_length(struct __sk_buff *skb, const struct packet *pkt)
+{
+	__u32 size = skb->gso_size;
+
+	return size && pkt->payload > size ? pkt->length - pkt->payload + size : pkt->length;
+}
+
 /* Everything before the first write: may this packet go out by its next hop? */
 static __always_inline enum reason flow_may_forward(struct __sk_buff *skb, const struct packet *pkt,
 						    const struct nexthop *hop)
@@ -180,7 +200,7 @@ static __always_inline enum reason flow_may_forward(struct __sk_buff *skb, const
 	/* The stack would find no socket and reset the client, so not "pass". */
 	if (pkt->ttl <= 1)
 		return REASON_TTL_EXPIRED;
-	if (!skb->gso_segs && pkt->length > hop->mtu)
+	if (flow_wire_length(skb, pkt) > hop->mtu)
 		return REASON_TOO_BIG;
 	if ((pkt->flags & (TCP_SYN | TCP_RST | TCP_FIN)) == 0 && !(pkt->flags & TCP_ACK))
 		return REASON_JUNK;
@@ -234,7 +254,7 @@ static __always_inline int flow_forward(struct __sk_buff *skb, struct packet *pk
 		return drop(why);
 	if (pkt->flags & (TCP_FIN | TCP_RST))
 		flow_announce_end(skb, pkt, flow, leg);
-	flow_account(pkt, flow, skb->gso_segs ?: 1, bpf_ktime_get_coarse_ns());
+	flow_account(pkt, flow, flow_wire_packets(skb, pkt), bpf_ktime_get_coarse_ns());
 	if (flow_rewrite(skb, pkt, b, daddr))
 		return drop(REASON_WRITE_ERROR);
 	/* The tag was the last link's; a VLAN device puts on its own. */
