@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"iter"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// serve starts a server and returns its socket and what ends it.
+func serve(t *testing.T, h Handlers) (path string, stop func()) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "x.sock")
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- Serve(ctx, l, h, slog.New(slog.DiscardHandler)) }()
+	stop = func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		ended <- nil // a second call finds it ended
+	}
+	t.Cleanup(stop)
+	return path, stop
+}
+
+func flowsOf(values ...any) func() (iter.Seq[any], error) {
+	return func() (iter.Seq[any], error) { return slices.Values(values), nil }
+}
+
+func collect(t *testing.T, c *Client) string {
+	t.Helper()
+	var all []string
+	err := c.Flows(t.Context(), func(raw json.RawMessage) error {
+		all = append(all, string(raw))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(all, " ")
+}
+
+func TestObjects(t *testing.T) {
+	detached := 0
+	path, _ := serve(t, Handlers{
+		Status: func() (any, error) { return map[string]int{"flows": 3}, nil },
+		Config: func() (any, error) { return nil, errors.New("no file") },
+		Flows:  flowsOf(1, "two"),
+		Detach: func() { detached++ },
+	})
+	c := NewClient("x", path)
+	raw, err := c.Status(t.Context())
+	if err != nil || strings.TrimSpace(string(raw)) != `{"flows":3}` {
+		t.Errorf("status: %s, %v", raw, err)
+	}
+	if _, err := c.Config(t.Context()); err == nil || err.Error() != "daemon x: no file" {
+		t.Errorf("config: %v", err)
+	}
+	if err := c.Detach(t.Context()); err != nil || detached != 1 {
+		t.Errorf("detach: %v, called %d times", err, detached)
+	}
+	if got := collect(t, c); got != `1 "two"` {
+		t.Errorf("flows: %s", got)
+	}
+	enough := errors.New("enough")
+	if err := c.Flows(t.Context(), func(json.RawMessage) error { return enough }); !errors.Is(err, enough) {
+		t.Errorf("flows, ended by the reader: %v", err)
+	}
+}
+
+func TestArray(t *testing.T) {
+	for want, values := range map[string][]any{"[]": nil, "[1]": {1}, `[1,"two"]`: {1, "two"}} {
+		path, _ := serve(t, Handlers{Flows: flowsOf(values...)})
+		client := &http.Client{Transport: &http.Transport{
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "unix", path)
+			},
+			DisableKeepAlives: true,
+		}}
+		response, err := client.Get("http://x/v1/flows")
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(response.Body)
+		if err := errors.Join(err, response.Body.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.ReplaceAll(string(body), "\n", ""); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}
+
+func TestNoDaemon(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.sock")
+	c := NewClient("x", path)
+	want := "no daemon x here: is it running? (socket " + path + ")"
+	_, err := c.Status(t.Context())
+	if !errors.Is(err, ErrNoDaemon) || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	abandon(t, path)
+	if err := c.Detach(t.Context()); !errors.Is(err, ErrNoDaemon) {
+		t.Errorf("a dead daemon's socket: %v", err)
+	}
+}
+
+// abandon leaves a socket that nobody listens on.
+func abandon(t *testing.T, path string) {
+	t.Helper()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSilentDaemon(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // the test is over
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err = NewClient("x", path).Status(ctx)
+	if err == nil || !strings.Contains(err.Error(), "daemon x does not answer") {
+		t.Error(err)
+	}
+}
+
+func TestSocket(t *testing.T) {
+	path, stop := serve(t, Handlers{})
+	info, err := os.Stat(path)
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "another process listens on "+path) {
+		t.Errorf("a second daemon: %v", err)
+	}
+	stop()
+	if left, _ := os.ReadDir(filepath.Dir(path)); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+	abandon(t, path)
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatalf("a dead daemon's socket is in the way: %v", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "is no socket") {
+		t.Errorf("a file: %v", err)
+	}
+}
