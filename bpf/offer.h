@@ -10,6 +10,7 @@ static __always_inline enum reason packet_read(struct __sk_buff *skb, struct pac
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 	__u32 most = sizeof(struct ethhdr) + VLAN_HEADER + sizeof(struct ipv6hdr) + TCP_HEADER_MAX;
+	enum reason why;
 
 	if (data + most > data_end && skb->len > data_end - data) {
 		/* Headers only: the rest stays where it is. */
@@ -18,7 +19,11 @@ static __always_inline enum reason packet_read(struct __sk_buff *skb, struct pac
 		data = (void *)(long)skb->data;
 		data_end = (void *)(long)skb->data_end;
 	}
-	return packet_parse(data, data_end, skb->len, pkt);
+	why = packet_parse(data, data_end, skb->len, pkt);
+	/* One tag in the frame, and one that the kernel took off before us. */
+	if (why == REASON_OK && pkt->tagged && skb->vlan_present)
+		return REASON_VLAN_STACKED;
+	return why;
 }
 
 static __always_inline bool listener_has_port(__be16 port)
