@@ -276,13 +276,16 @@ func (r *rig) counters() CounterSet {
 // checkTotal proves that no packet left a program uncounted.
 func (r *rig) checkTotal() {
 	r.Helper()
-	var sum uint64
-	for _, n := range r.counters().Packets {
-		sum += n
-	}
-	if sum != *r.total {
+	if sum := sumOf(r.counters()); sum != *r.total {
 		r.Errorf("counters sum up to %d after %d packets", sum, *r.total)
 	}
+}
+
+func sumOf(c CounterSet) (sum uint64) {
+	for _, n := range c.Packets {
+		sum += n
+	}
+	return sum
 }
 
 // event is one ring record.
