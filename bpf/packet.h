@@ -156,6 +156,9 @@ static __always_inline enum reason packet_parse(void *data, void *data_end, __u3
 
 	if ((void *)(eth + 1) > data_end)
 		return REASON_MALFORMED;
+	/* No TCP is sent to a group, and an answer would have the group as its sender. */
+	if (eth->h_dest[0] & 1)
+		return REASON_NOT_OURS;
 	proto = eth->h_proto;
 	pkt->l3 = sizeof(*eth);
 	if (proto == bpf_htons(ETH_P_8021Q) || proto == bpf_htons(ETH_P_8021AD)) {

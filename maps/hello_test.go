@@ -12,6 +12,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 var helloSays = cookieFields{class: 6, wscale: 7, sack: true}
@@ -413,13 +414,28 @@ func addLoopback(addrs ...netip.Addr) error {
 		ones := a.BitLen()
 		addr := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(ones, ones)}}
 		if a.Is6() {
-			addr.Flags = 0x02 // IFA_F_NODAD
+			addr.Flags = unix.IFA_F_NODAD
 		}
 		if err := netlink.AddrAdd(lo, addr); err != nil {
 			return err
 		}
+		if err := waitLocal(a); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// waitLocal waits for an address's route, which the kernel adds later for IPv6.
+func waitLocal(a netip.Addr) error {
+	for range 500 {
+		routes, err := netlink.RouteGet(a.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return fmt.Errorf("no local route to %v", a)
 }
 
 // connection makes a real one, open until the test ends.

@@ -62,6 +62,14 @@ func setType(v uint16) func([]byte, int, int) []byte {
 	}
 }
 
+// setTo changes the first byte of the address the frame is sent to.
+func setTo(v byte) func([]byte, int, int) []byte {
+	return func(b []byte, _, _ int) []byte {
+		b[0] = v
+		return b
+	}
+}
+
 // The good packet has 12 bytes of options and 8 of payload.
 var mutations = map[string][]mutation{
 	"v4": {
@@ -109,6 +117,9 @@ var mutations = map[string][]mutation{
 		{"ARP", setType(0x0806), bpfReasonREASON_NOT_TCP},
 		{"802.3 length", setType(60), bpfReasonREASON_NOT_TCP},
 		{"a second 802.1Q tag", setType(0x8100), bpfReasonREASON_VLAN_STACKED},
+		{"broadcast", setTo(0xff), bpfReasonREASON_NOT_OURS}, // a SYN-ACK would come from that address
+		{"multicast", setTo(0x01), bpfReasonREASON_NOT_OURS},
+		{"IPv6 multicast", setTo(0x33), bpfReasonREASON_NOT_OURS},
 		{"a second 802.1ad tag", setType(0x88a8), bpfReasonREASON_VLAN_STACKED},
 	},
 }
