@@ -4,10 +4,10 @@ package maps
 
 import "github.com/cilium/ebpf"
 
-// The generated types under the names the rest of the program uses: addresses
-// and ports in them are in network byte order as they lie in memory, all other
-// numbers in the host's.
-type (
+// The types that follow are the generated ones under the names the rest of the
+// program uses. Addresses and ports in them are in network byte order as they
+// lie in memory, all other numbers in the host's.
+type ( //nolint:revive // one comment serves all of them
 	Flow        = bpfFlow
 	Flow4       = bpfFlow4
 	Flow4Key    = bpfFlow4Key

@@ -232,16 +232,16 @@ func (s *server) drain(signals <-chan os.Signal) error {
 	timeout := time.After(s.o.drainTimeout)
 	poll := time.NewTicker(drainPoll)
 	defer poll.Stop()
-	for s.engine.Bound()+s.engine.Status().HalfOpen > 0 {
+	for s.engine.Live() > 0 {
 		select {
 		case err := <-s.failed:
 			return partError(err)
 		case <-timeout:
-			s.log.Warn("the drain timeout ends connections", "flows", s.engine.Bound())
+			s.log.Warn("the drain timeout ends connections", "connections", s.engine.Live())
 			return nil
 		case sig := <-signals:
 			if !s.minor(sig) {
-				s.log.Warn("ending at once", "signal", sig.String(), "flows", s.engine.Bound())
+				s.log.Warn("ending at once", "signal", sig.String(), "connections", s.engine.Live())
 				return nil
 			}
 		case <-poll.C:

@@ -126,6 +126,24 @@ func (e *Engine) StopListening() error {
 // Bound is the number of bound flows.
 func (e *Engine) Bound() int { return int(e.flows.Load()) }
 
+// Live is the number of connections that would lose something if the engine ended
+// now: half-open ones, and bound flows that no RST has ended. (Those are kept for a
+// while only because a RST may be forged.)
+func (e *Engine) Live() int {
+	live := 0
+	for _, w := range e.workers {
+		w.mu.Lock()
+		live += len(w.handshakes)
+		for _, f := range w.flows {
+			if f.closing == nil || !f.closing.reset {
+				live++
+			}
+		}
+		w.mu.Unlock()
+	}
+	return live
+}
+
 func (e *Engine) closeRings() {
 	for _, w := range e.workers {
 		if err := w.ring.Close(); err != nil {

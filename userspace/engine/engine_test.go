@@ -177,8 +177,10 @@ func TestReplayCuts(t *testing.T) {
 func TestSources(t *testing.T) {
 	var s sources
 	a, b := netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("192.0.2.3")
-	if !s.enter(a, 2) || !s.enter(a, 2) || s.enter(a, 2) {
-		t.Error("the limit of 2 does not hold at 2")
+	for i := range 3 {
+		if got, want := s.enter(a, 2), i < 2; got != want {
+			t.Errorf("hello %d of a limit of 2: %v, want %v", i+1, got, want)
+		}
 	}
 	if !s.enter(b, 2) {
 		t.Error("one address's hellos count for another")
