@@ -4,26 +4,43 @@ package maps
 
 import "github.com/cilium/ebpf"
 
-// The types that follow are the generated ones under the names the rest of the
-// program uses. Addresses and ports in them are in network byte order as they
-// lie in memory, all other numbers in the host's.
-type ( //nolint:revive // one comment serves all of them
-	Flow        = bpfFlow
-	Flow4       = bpfFlow4
-	Flow4Key    = bpfFlow4Key
-	Flow6       = bpfFlow6
-	Flow6Key    = bpfFlow6Key
-	Listener    = bpfListener
+// The generated types under the names the rest of the program uses. Addresses and
+// ports in them are in network byte order as they lie in memory, all other numbers
+// in the host's.
+
+type (
+	// Flow is one direction of a bound flow, all that both families share.
+	Flow = bpfFlow
+	// Flow4 is the value of flows4.
+	Flow4 = bpfFlow4
+	// Flow4Key is the key of flows4.
+	Flow4Key = bpfFlow4Key
+	// Flow6 is the value of flows6.
+	Flow6 = bpfFlow6
+	// Flow6Key is the key of flows6.
+	Flow6Key = bpfFlow6Key
+	// Listener is the value of listeners.
+	Listener = bpfListener
+	// ListenerKey is the key of listeners.
 	ListenerKey = bpfListenerKey
-	Path        = bpfPath
-	PathKey     = bpfPathKey
-	Nexthop     = bpfNexthop
-	Live        = bpfLive
-	CookieKey   = bpfCookieKey
+	// Path is the value of paths.
+	Path = bpfPath
+	// PathKey is the key of paths.
+	PathKey = bpfPathKey
+	// Nexthop is the value of nexthops.
+	Nexthop = bpfNexthop
+	// Live is the value of control.
+	Live = bpfLive
+	// CookieKey is one of the four keys in Live.
+	CookieKey = bpfCookieKey
+	// EventHeader stands before the packet in a ring record.
 	EventHeader = bpfEventHeader
-	CounterSet  = bpfCounterSet
-	Leg         = bpfLeg
-	EventKind   = bpfEventKind
+	// CounterSet is the value of counters, by Reason.
+	CounterSet = bpfCounterSet
+	// Leg is the side of the balancer a packet came from.
+	Leg = bpfLeg
+	// EventKind is why a packet is in a ring.
+	EventKind = bpfEventKind
 )
 
 // The constants of bpf/abi.h.
