@@ -95,7 +95,7 @@ static __always_inline int offer_syn(struct __sk_buff *skb, struct packet *pkt,
 {
 	if (daemon_is_dead(ctl, bpf_ktime_get_coarse_ns()))
 		return pass(REASON_DAEMON_DEAD);
-	/* The first worker's ring stands for all: its hellos are a fair sample. */
+	/* One ring a CPU stands for all: the cookie spreads hellos evenly. */
 	if (ring_is_busy(bpf_get_smp_processor_id() % workers))
 		return pass(REASON_RING_BUSY);
 	if (closing)
@@ -162,13 +162,14 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 
 	if (!listener || !ctl)
 		return pass(REASON_NOT_OURS);
-	if ((pkt->flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
-		return offer_syn(skb, pkt, ctl, closing);
 	/* Before the cookie: one packet in six million of somebody else's
-	 * connection looks like a valid one.
+	 * connection looks like a valid one. SYNs as well: were one answered whose
+	 * tuple a socket still holds (TIME_WAIT), its hello would go to that socket.
 	 */
 	if (socket_owns(skb, pkt))
 		return pass(REASON_SOCKET);
+	if ((pkt->flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
+		return offer_syn(skb, pkt, ctl, closing);
 	wall = bpf_ktime_get_coarse_ns() + ctl->wall_offset;
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
 	    !cookie_valid(ctl, pkt, cookie, wall))

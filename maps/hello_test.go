@@ -390,7 +390,7 @@ func TestSocketOwns(t *testing.T) {
 		client, server := r.connection(f)
 		f.client, f.vip = client, server
 		must(t, r.tables.SetListeners(map[netip.AddrPort]Listener{server: {Id: listenerID}}))
-		for _, flags := range []uint16{ack, ack | psh, ack | fin, rst, ack | rst, syn | ack, 0} {
+		for _, flags := range []uint16{ack, ack | psh, ack | fin, rst, ack | rst, syn, syn | ack, 0} {
 			s := r.hello(f)
 			s.flags = flags
 			r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
