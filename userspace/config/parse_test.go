@@ -21,7 +21,7 @@ listen:
   - ":443"
   - {name: partners, address: "192.0.2.20:443", no_match: "pool:legacy"}
   - "[2001:db8::20]:8443"
-no_match: alert
+no_match: drop
 not_tls: drop
 no_backend: pool:legacy
 unknown_flow: pass
@@ -53,7 +53,7 @@ routes:
   - {name: shop, sni: ["*.example.com", "**.example.net"], alpn: h2, clients: ["10.0.0.0/8", "2001:db8::/32"], listen: [partners, ":443"], pool: blog}
   - {sni: canary.example.com, pools: {blog: 90, green: 10}}
   - {sni: "~cdn[0-9]+\\.example\\.org", pool: blog}
-  - {sni: "**.internal.example.com", action: alert}
+  - {sni: "**.internal.example.com", action: drop}
   - {sni: "", pool: legacy}
   - {sni: "**", action: drop}
   - {sni: xn--bcher-kva.example, pool: green}
@@ -81,15 +81,15 @@ func TestParseFull(t *testing.T) {
 		listeners = append(listeners, listener{l.Name, l.Addr.String(), l.NoMatch.String(), l.EveryAddress()})
 	}
 	diff(t, "listeners", listeners, []listener{
-		{":443", "invalid AddrPort", "alert", true},
+		{":443", "invalid AddrPort", "drop", true},
 		{"partners", "192.0.2.20:443", "pool:legacy", false},
-		{"[2001:db8::20]:8443", "[2001:db8::20]:8443", "alert", false},
+		{"[2001:db8::20]:8443", "[2001:db8::20]:8443", "drop", false},
 	})
 	if port := c.Listeners[0].Addr.Port(); port != 443 {
 		t.Errorf("port of :443 is %d", port)
 	}
 	diff(t, "defaults", []string{c.NoMatch.String(), c.NotTLS.String(), c.NoBackend.String(), c.UnknownFlow.String()},
-		[]string{"alert", "drop", "pool:legacy", "pass"})
+		[]string{"drop", "drop", "pool:legacy", "pass"})
 	diff(t, "limits", c.Limits, Limits{Flows: 5000, HelloMemory: 2 << 20})
 	timeouts := Timeouts{Hello: 3 * time.Second, Connect: 4 * time.Second, Attempt: 500 * time.Millisecond,
 		Unconfirmed: 20 * time.Second, Closing: 10 * time.Second}
@@ -142,7 +142,7 @@ func TestParseRoutes(t *testing.T) {
 		{"shop", "*.example.com|example.com **.example.net|example.net", "one_label any_labels", "pool:blog"},
 		{"canary.example.com", "canary.example.com|canary.example.com", "exact", "pool"},
 		{`~cdn[0-9]+\.example\.org`, `~cdn[0-9]+\.example\.org|`, "regex", "pool:blog"},
-		{"**.internal.example.com", "**.internal.example.com|internal.example.com", "any_labels", "alert"},
+		{"**.internal.example.com", "**.internal.example.com|internal.example.com", "any_labels", "drop"},
 		{"no_name", "|", "no_name", "pool:legacy"},
 		{"**", "**|", "any_name", "drop"},
 		{"xn--bcher-kva.example", "xn--bcher-kva.example|xn--bcher-kva.example", "exact", "pool:green"},

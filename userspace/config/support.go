@@ -38,6 +38,7 @@ const (
 // Alert. The others also need fields in Config.
 var notBuilt = map[Feature]string{
 	FeatureAcceptProxy:    "remove accept_proxy",
+	FeatureNoMatchAlert:   "use reset",
 	FeatureNotTLSAlert:    "use reset",
 	FeatureNoBackendAlert: "use reset",
 	FeatureDeny:           "leave the list empty",
