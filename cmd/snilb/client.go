@@ -21,9 +21,28 @@ func clientFlags(more ...cli.Flag) []cli.Flag {
 	}, more...)
 }
 
-// newClient returns a client for the daemon that the flags name.
-func newClient(c *cli.Context) (*api.Client, error) {
-	return clientOf(c.String("name"), c.String("api"))
+// reader is a command that prints what a daemon says, in the format asked for.
+func reader(name, usage, format string, print func(*cli.Context, string, *api.Client) error) *cli.Command {
+	return &cli.Command{
+		Name:         name,
+		Usage:        usage,
+		Flags:        clientFlags(outputFlag(format)),
+		OnUsageError: usageError,
+		Action: func(c *cli.Context) error {
+			if c.NArg() > 0 {
+				return cli.Exit(name+" takes no arguments", exitUsage)
+			}
+			format, err := outputFormat(c)
+			if err != nil {
+				return err
+			}
+			client, err := clientOf(c.String("name"), c.String("api"))
+			if err != nil {
+				return cli.Exit(err.Error(), exitUsage)
+			}
+			return noDaemon(c.String("name"), print(c, format, client))
+		},
+	}
 }
 
 func clientOf(name, socket string) (*api.Client, error) {
@@ -53,5 +72,5 @@ func noDaemon(name string, err error) error {
 	if dirErr != nil {
 		return err
 	}
-	return fmt.Errorf("%w; a dead daemon has left its state in %s, and its connections go on: start it again, or remove it by snilb detach --all --name %s", err, dir, name)
+	return fmt.Errorf("%w; a dead daemon has left its state in %s, and its connections go on until it is started again (which cuts them) or removed by snilb detach --all --name %s", err, dir, name)
 }

@@ -7,30 +7,16 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"snilb/userspace/api"
 	"snilb/userspace/config"
 )
 
 func configCommand() *cli.Command {
-	return &cli.Command{
-		Name:         "config",
-		Usage:        "Print the configuration that the daemon works by",
-		Flags:        clientFlags(outputFlag(formatJSON)),
-		OnUsageError: usageError,
-		Action: func(c *cli.Context) error {
-			if c.NArg() > 0 {
-				return cli.Exit("config takes no arguments", exitUsage)
-			}
-			format, err := outputFormat(c)
-			if err != nil {
-				return err
-			}
-			client, err := newClient(c)
-			if err != nil {
-				return cli.Exit(err.Error(), exitUsage)
-			}
+	return reader("config", "Print the configuration that the daemon works by", formatJSON,
+		func(c *cli.Context, format string, client *api.Client) error {
 			raw, err := client.Config(c.Context)
 			if err != nil {
-				return noDaemon(c.String("name"), err)
+				return err
 			}
 			if format != formatTable {
 				return printDocument(c.App.Writer, format, raw)
@@ -42,8 +28,7 @@ func configCommand() *cli.Command {
 			w := newTable(c.App.Writer)
 			writeTree(w, "", tree)
 			return w.Flush()
-		},
-	}
+		})
 }
 
 // The document of `snilb config`: the file with every default filled in.

@@ -12,30 +12,15 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"snilb/userspace/api"
 	"snilb/userspace/engine"
 )
 
 func flowsCommand() *cli.Command {
-	return &cli.Command{
-		Name:         "flows",
-		Usage:        "List the connections",
-		Flags:        clientFlags(outputFlag(formatTable)),
-		OnUsageError: usageError,
-		Action: func(c *cli.Context) error {
-			if c.NArg() > 0 {
-				return cli.Exit("flows takes no arguments", exitUsage)
-			}
-			format, err := outputFormat(c)
-			if err != nil {
-				return err
-			}
-			client, err := newClient(c)
-			if err != nil {
-				return cli.Exit(err.Error(), exitUsage)
-			}
-			return noDaemon(c.String("name"), printFlows(c.Context, c.App.Writer, format, client.Flows))
-		},
-	}
+	return reader("flows", "List the connections", formatTable,
+		func(c *cli.Context, format string, client *api.Client) error {
+			return printFlows(c.Context, c.App.Writer, format, client.Flows)
+		})
 }
 
 // flowSource calls a function for every flow.

@@ -11,34 +11,20 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+
+	"snilb/userspace/api"
 )
 
+// statusCommand ends with code 1 if the daemon does not steer.
 func statusCommand() *cli.Command {
-	return &cli.Command{
-		Name:         "status",
-		Usage:        "Say whether the daemon steers, where, and what it has done",
-		Description:  "Ends with code 1 if it does not steer.",
-		Flags:        clientFlags(outputFlag(formatTable)),
-		OnUsageError: usageError,
-		Action: func(c *cli.Context) error {
-			if c.NArg() > 0 {
-				return cli.Exit("status takes no arguments", exitUsage)
-			}
-			format, err := outputFormat(c)
+	return reader("status", "Say whether the daemon steers, where, and what it has done", formatTable,
+		func(c *cli.Context, format string, client *api.Client) error {
+			raw, err := client.Status(c.Context)
 			if err != nil {
 				return err
 			}
-			client, err := newClient(c)
-			if err != nil {
-				return cli.Exit(err.Error(), exitUsage)
-			}
-			raw, err := client.Status(c.Context)
-			if err != nil {
-				return noDaemon(c.String("name"), err)
-			}
 			return printStatus(c.App.Writer, format, raw)
-		},
-	}
+		})
 }
 
 // statusDocument is what the daemon says of itself.
