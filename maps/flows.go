@@ -44,11 +44,6 @@ func FlowControl(nexthop uint16, shift int) uint32 {
 	return uint32(nexthop) | uint32(shift+14)<<16
 }
 
-// FlowReverse returns the tuple under which the other direction's entry stands.
-func (e *Entry) FlowReverse() Tuple {
-	return e.To.Reverse()
-}
-
 // InsertFlow adds an entry. Returns an error that is ebpf.ErrKeyExist if the tuple
 // has one already, and unix.E2BIG if the table is full.
 func (t *Tables) InsertFlow(leg Leg, tuple Tuple, e *Entry) error {

@@ -195,8 +195,7 @@ func (h *handshake) backendSegment(w *worker, s *packet.Segment) {
 // (whose clock would be too old), and another port is tried.
 func (h *handshake) challenged(w *worker, s *packet.Segment) {
 	a := &h.attempt
-	r := packet.Segment{Src: s.Dst, Dst: s.Src, Seq: s.Ack, Flags: packet.RST}
-	w.sendBy(a.hop, &r)
+	w.reset(s)
 	w.stats.connect(a.backend, "port_busy")
 	a.ports.give(w.now, a.port, true)
 	a.ports = nil
@@ -212,8 +211,7 @@ func (h *handshake) challenged(w *worker, s *packet.Segment) {
 func (h *handshake) synAck(w *worker, s *packet.Segment) {
 	a := &h.attempt
 	if s.Ack != a.isn+1 {
-		r := packet.Segment{Src: s.Dst, Dst: s.Src, Seq: s.Ack, Flags: packet.RST}
-		w.sendBy(a.hop, &r)
+		w.reset(s)
 		return
 	}
 	if h.phase == pushing {

@@ -15,10 +15,6 @@ const (
 	hopLimit    = 64
 )
 
-// HeaderSize is the most that Append puts before a payload: IPv6, TCP and all
-// options of a SYN.
-const HeaderSize = header6 + headerTCP + 40
-
 // Append writes the segment as an IP packet behind b, checksums included, and
 // returns the longer slice. The payload must fit an IP packet.
 func (s *Segment) Append(b []byte) []byte {
