@@ -15,6 +15,9 @@
 #define MAX_NEXTHOPS	  65536
 #define EVENT_DATA	  17408 /* a hello of 16 KiB with record and packet headers */
 
+/* Of a TLS record with an alert, bytes. */
+#define ALERT_LENGTH 7
+
 enum leg { LEG_CLIENT, LEG_BACKEND };
 
 /* Why a packet left a program the way it did: append only, for they are the
@@ -55,6 +58,11 @@ enum reason {
 	REASON_NO_NEXTHOP,
 	REASON_REPLAY_MISSED,
 	REASON_WRITE_ERROR, /* a helper refused after the first write */
+	/* to the engine */
+	REASON_ICMP,
+	REASON_TOO_BIG_CUT,
+	/* dropped */
+	REASON_ICMP_LIMITED,
 	REASON_LEN,
 };
 
@@ -65,6 +73,8 @@ enum event_kind {
 	EVENT_BACKEND,	 /* a backend's packet to a source port with no flow */
 	EVENT_CLOSING,	 /* the first FIN or RST of one side of a bound flow */
 	EVENT_UNKNOWN,	 /* a packet of a connection nobody knows, to be reset */
+	EVENT_ICMP,	 /* an ICMP error that quotes a packet of ours */
+	EVENT_TOO_BIG,	 /* a bound packet that does not fit its next hop */
 	EVENT_LEN,
 };
 
@@ -106,17 +116,22 @@ struct nexthop {
 	__be32 gateway[4];
 };
 
-/* Bits 24 to 31 of flow.control, only ever set, by atomic or. */
+/* Bits 27 to 30 of flow.control. FLOW_PENDING is there from the start or never; the
+ * others are only ever set, by atomic or.
+ */
 enum flow_state {
-	FLOW_FIN = 1 << 24,	  /* this side sent a FIN */
-	FLOW_RST = 1 << 25,	  /* this side sent a RST */
-	FLOW_CONFIRMED = 1 << 26, /* this side acknowledged something new */
+	FLOW_FIN = 1 << 27,	  /* this side sent a FIN */
+	FLOW_RST = 1 << 28,	  /* this side sent a RST */
+	FLOW_CONFIRMED = 1 << 29, /* this side acknowledged something new */
+	FLOW_PENDING = 1 << 30,	  /* no flow yet: its packets go to the worker */
 };
 
 #define FLOW_NEXTHOP_MASK 0xffff
 #define FLOW_SHIFT_POS	  16
 #define FLOW_SHIFT_MASK	  0x1f
 #define FLOW_SHIFT_BIAS	  14
+#define FLOW_WORKER_POS	  21
+#define FLOW_WORKER_MASK  0x3f
 
 /* One direction of a bound flow, all that both families share. The engine
  * inserts it once; from then on only the kernel programs write it.
@@ -128,7 +143,7 @@ struct flow {
 	__u32 last_ack;	     /* of the last packet with ACK, as this side sent it */
 	__u32 packets;	     /* wire packets, modulo 2^32 */
 	__u32 last_seen;     /* CLOCK_MONOTONIC in units of 2^20 ns, modulo 2^32 */
-	__u32 control;	     /* next hop 0-15, window shift + 14 16-20, state 24-31 */
+	__u32 control;	     /* next hop 0-15, window shift + 14 16-20, worker 21-26, state */
 	__u16 generation;    /* tells one use of a tuple from the next */
 	__u16 id;	     /* client leg: the backend's; backend leg: the route's */
 	__be16 sport, dport; /* the packet's new ports */
@@ -165,13 +180,19 @@ struct cookie_key {
 	__u64 k0, k1;
 };
 
+enum live_flag {
+	LIVE_NO_SACK = 1,	/* not announced: the backends have none */
+	LIVE_NO_TIMESTAMPS = 2, /* not announced */
+	LIVE_SOURCE_CLIENT = 4, /* backends may be spoken to from clients' addresses */
+};
+
 /* The live switches, written by the daemon about once a second. */
 struct live {
 	__u64 beat;		   /* CLOCK_MONOTONIC ns of the daemon's last sign of life */
 	__u64 wall_offset;	   /* CLOCK_REALTIME - CLOCK_MONOTONIC, ns */
 	struct cookie_key keys[4]; /* by slot & 3 */
 	__u16 mss4, mss6;	   /* announced in SYN-ACKs */
-	__u32 pad;
+	__u32 flags;		   /* enum live_flag */
 };
 
 _Static_assert(sizeof(struct live) == 88, "live");
@@ -186,7 +207,8 @@ struct event_header {
 	__u8 kind;	/* enum event_kind */
 	__u8 leg;	/* enum leg */
 	__u8 mac[6];	/* who sent the frame */
-	__u8 pad[4];
+	__u16 mtu;	/* EVENT_TOO_BIG: bytes that would fit */
+	__u8 pad[2];
 };
 
 _Static_assert(sizeof(struct event_header) == 32, "event_header");

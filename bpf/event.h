@@ -25,6 +25,8 @@ struct event_what {
 	__u16 listener; /* struct listener.id, 0 on the backend leg */
 	__u8 kind;	/* enum event_kind */
 	__u8 leg;	/* enum leg */
+	__u16 mtu;	/* of EVENT_TOO_BIG */
+	__u16 pad;
 };
 
 /* Returns false when the ring is full: the packet is then lost to the engine, and
@@ -51,6 +53,7 @@ static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pk
 	s->header.listener = what.listener;
 	s->header.kind = what.kind;
 	s->header.leg = what.leg;
+	s->header.mtu = what.mtu;
 	if (bpf_skb_load_bytes(skb, 6, s->header.mac, 6) ||
 	    bpf_skb_load_bytes(skb, pkt->l3, s->data, captured))
 		return false;
@@ -58,5 +61,22 @@ static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pk
 }
 
 #define EVENT_HEADERS_ONLY (sizeof(struct ipv6hdr) + TCP_HEADER_MAX)
+/* An ICMP error with the headers of the packet it quotes. */
+#define EVENT_ICMP_ERROR   (sizeof(struct ipv6hdr) + 8 + EVENT_HEADERS_ONLY)
+
+/* Events that a stranger could cause at will are rationed, a second and CPU. */
+static __always_inline bool event_is_allowed(__u64 now)
+{
+	__u32 zero = 0;
+	struct allowance *a = bpf_map_lookup_elem(&allowance, &zero);
+
+	if (!a)
+		return false;
+	if (a->second != now / 1000000000) {
+		a->second = now / 1000000000;
+		a->used = 0;
+	}
+	return a->used++ < EVENTS_PER_SECOND;
+}
 
 #endif

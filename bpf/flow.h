@@ -108,6 +108,12 @@ static __always_inline bool flow_is_closing(const struct bound *b, __u32 leg)
 	return mine & theirs & FLOW_FIN || (mine | theirs) & FLOW_RST;
 }
 
+/* The worker that owns the flow. */
+static __always_inline __u32 flow_worker(const struct flow *flow)
+{
+	return flow->control >> FLOW_WORKER_POS & FLOW_WORKER_MASK;
+}
+
 static __always_inline void flow_mark(struct flow *flow, __u32 state)
 {
 	if ((flow->control & state) != state)
@@ -136,8 +142,7 @@ static __always_inline void flow_announce_end(struct __sk_buff *skb, const struc
 	if ((flow->control & state) == state)
 		return;
 	flow_mark(flow, state);
-	event_send(skb, pkt, what, port_worker(leg == LEG_CLIENT ? flow->sport : pkt->dport),
-		   EVENT_HEADERS_ONLY);
+	event_send(skb, pkt, what, flow_worker(flow), EVENT_HEADERS_ONLY);
 }
 
 /* Hands the sums to the kernel, which knows what its checksum state makes of them
@@ -241,6 +246,20 @@ static __always_inline int flow_rewrite(struct __sk_buff *skb, struct packet *pk
 	return flow_fix_checksum(skb, pkt, &sum);
 }
 
+/* A packet that does not fit its next hop goes to the engine, which tells its sender
+ * by ICMP, and cuts it: not every sender listens.
+ */
+static __always_inline int flow_too_big(struct __sk_buff *skb, const struct packet *pkt,
+					const struct flow *flow, __u32 leg, __u16 mtu)
+{
+	struct event_what what = {.kind = EVENT_TOO_BIG, .leg = leg, .mtu = mtu};
+
+	if (!event_is_allowed(bpf_ktime_get_coarse_ns()) ||
+	    !event_send(skb, pkt, what, flow_worker(flow), EVENT_DATA))
+		return drop(REASON_TOO_BIG);
+	return drop(REASON_TOO_BIG_CUT);
+}
+
 static __always_inline int flow_forward(struct __sk_buff *skb, struct packet *pkt,
 					const struct bound *b, __u32 leg)
 {
@@ -250,6 +269,8 @@ static __always_inline int flow_forward(struct __sk_buff *skb, struct packet *pk
 	enum reason why = flow_may_forward(skb, pkt, hop);
 	__be32 daddr[4] = {};
 
+	if (why == REASON_TOO_BIG && hop)
+		return flow_too_big(skb, pkt, flow, leg, hop->mtu);
 	if (why != REASON_OK || !hop)
 		return drop(why);
 	if (pkt->flags & (TCP_FIN | TCP_RST))

@@ -92,8 +92,10 @@ struct {
 	__type(value, struct scratch);
 } scratch SEC(".maps");
 
-/* Resets for unknown connections, at most this many a second and CPU. */
-#define UNKNOWN_RESETS_PER_SECOND 2000
+/* Resets for unknown connections, ICMP errors and packets to be cut: at most this
+ * many events a second and CPU.
+ */
+#define EVENTS_PER_SECOND 2000
 
 struct allowance {
 	__u64 second;
@@ -105,6 +107,6 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct allowance);
-} unknown_allowance SEC(".maps");
+} allowance SEC(".maps");
 
 #endif

@@ -107,20 +107,6 @@ static __always_inline int offer_syn(struct __sk_buff *skb, struct packet *pkt,
 	return verdict(bpf_redirect(skb->ifindex, 0), REASON_SYN_ANSWERED);
 }
 
-static __always_inline bool unknown_is_allowed(__u64 now)
-{
-	__u32 zero = 0;
-	struct allowance *a = bpf_map_lookup_elem(&unknown_allowance, &zero);
-
-	if (!a)
-		return false;
-	if (a->second != now / 1000000000) {
-		a->second = now / 1000000000;
-		a->used = 0;
-	}
-	return a->used++ < UNKNOWN_RESETS_PER_SECOND;
-}
-
 /* A packet of a connection that neither we nor a socket of this node know. */
 static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *pkt,
 					 const struct listener *listener)
@@ -132,21 +118,30 @@ static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *p
 	/* A RST is never answered with one (RFC 9293 3.10.7.1). */
 	if (listener->unknown_flow == UNKNOWN_FLOW_DROP || pkt->flags & TCP_RST)
 		return drop(REASON_UNKNOWN_DROP);
-	if (!unknown_is_allowed(bpf_ktime_get_coarse_ns()))
+	if (!event_is_allowed(bpf_ktime_get_coarse_ns()))
 		return drop(REASON_UNKNOWN_LIMITED);
 	if (!event_send(skb, pkt, what, bpf_get_smp_processor_id() % workers, EVENT_HEADERS_ONLY))
 		return drop(REASON_EVENT_LOST);
 	return drop(REASON_UNKNOWN_RESET);
 }
 
-/* The last ACK of a connection that its client opened and closed without a word:
- * the engine's FIN has moved it one past the cookie's own.
+/* The connection's cookie if the engine has closed it by itself, its FIN alone or
+ * behind an alert: the client's acknowledgment is then so far past the cookie.
  */
-static __always_inline bool is_last_ack(const struct live *ctl, const struct packet *pkt,
-					__u64 wall)
+static __always_inline bool is_after_close(const struct live *ctl, const struct packet *pkt,
+					   __u64 wall, __u32 *cookie)
 {
-	return (pkt->flags & (TCP_ACK | TCP_FIN | TCP_SYN | TCP_RST)) == TCP_ACK && !pkt->payload &&
-	       cookie_valid(ctl, pkt, pkt->ack - 2, wall);
+	if ((pkt->flags & (TCP_ACK | TCP_SYN | TCP_RST)) != TCP_ACK)
+		return false;
+	if (!(pkt->flags & TCP_FIN)) {
+		if (pkt->payload)
+			return false;
+		*cookie = pkt->ack - 2;
+		if (cookie_valid(ctl, pkt, *cookie, wall))
+			return true;
+	}
+	*cookie = pkt->ack - 2 - ALERT_LENGTH;
+	return cookie_valid(ctl, pkt, *cookie, wall);
 }
 
 /* A packet to one of our ports that belongs to no bound flow. closing: it had one,
@@ -172,9 +167,8 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 		return offer_syn(skb, pkt, ctl, closing);
 	wall = bpf_ktime_get_coarse_ns() + ctl->wall_offset;
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
-	    !cookie_valid(ctl, pkt, cookie, wall))
-		return is_last_ack(ctl, pkt, wall) ? drop(REASON_HANDSHAKE_ACK)
-						   : offer_unknown(skb, pkt, listener);
+	    (!cookie_valid(ctl, pkt, cookie, wall) && !is_after_close(ctl, pkt, wall, &cookie)))
+		return offer_unknown(skb, pkt, listener);
 	if (!pkt->payload && !(pkt->flags & (TCP_FIN | TCP_RST)))
 		return drop(REASON_HANDSHAKE_ACK);
 	what.listener = listener->id;
@@ -183,16 +177,33 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 	return drop(REASON_HELLO);
 }
 
-/* A packet from a backend to one of our source ports: a handshake of the engine's,
- * or the rest of a flow that is gone. The stack must not see it: it would reset.
+/* A packet from a backend that no flow takes: of a handshake of the engine's, or the
+ * rest of a flow that is gone. The stack must not see it: it would reset.
  */
-static __always_inline int backend_event(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline int backend_event(struct __sk_buff *skb, struct packet *pkt, __u32 worker)
 {
 	struct event_what what = {.kind = EVENT_BACKEND, .leg = LEG_BACKEND};
 
-	if (!event_send(skb, pkt, what, port_worker(pkt->dport), EVENT_DATA))
+	if (!event_send(skb, pkt, what, worker, EVENT_DATA))
 		return drop(REASON_EVENT_LOST);
 	return drop(REASON_BACKEND);
+}
+
+/* A port the engine speaks to backends from. */
+static __always_inline bool port_is_ours(__be16 port)
+{
+	__u16 p = bpf_ntohs(port);
+
+	return p >= source_port_first && p <= source_port_last;
+}
+
+/* Whether flows on the backend leg may have any port: those with source: client. */
+static __always_inline bool source_may_be_client(void)
+{
+	__u32 zero = 0;
+	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
+
+	return ctl && ctl->flags & LIVE_SOURCE_CLIENT;
 }
 
 static __always_inline int tap_output(struct __sk_buff *skb, struct packet *pkt, __u32 index)

@@ -64,7 +64,9 @@ static __always_inline void address_copy(__be32 to[4], const __be32 from[4])
 	to[3] = from[3];
 }
 
-/* Returns REASON_OK and the offset of TCP, or why the packet is not for us. */
+/* Returns REASON_OK, or REASON_ICMP, and the offset of what IP carries; or why the
+ * packet is not for us.
+ */
 static __always_inline enum reason packet_parse_ip4(void *data, void *data_end, struct packet *pkt)
 {
 	struct iphdr *ip = data + pkt->l3;
@@ -73,7 +75,7 @@ static __always_inline enum reason packet_parse_ip4(void *data, void *data_end, 
 		return REASON_MALFORMED;
 	if (ip->version != 4)
 		return REASON_MALFORMED;
-	if (ip->protocol != IPPROTO_TCP)
+	if (ip->protocol != IPPROTO_TCP && ip->protocol != IPPROTO_ICMP)
 		return REASON_NOT_TCP;
 	if (ip->ihl != 5)
 		return ip->ihl < 5 ? REASON_MALFORMED : REASON_IP_OPTIONS;
@@ -86,7 +88,7 @@ static __always_inline enum reason packet_parse_ip4(void *data, void *data_end, 
 	pkt->l4 = pkt->l3 + sizeof(*ip);
 	address_map4(pkt->saddr, ip->saddr);
 	address_map4(pkt->daddr, ip->daddr);
-	return REASON_OK;
+	return ip->protocol == IPPROTO_TCP ? REASON_OK : REASON_ICMP;
 }
 
 static __always_inline enum reason packet_parse_ip6(void *data, void *data_end, struct packet *pkt)
@@ -99,6 +101,7 @@ static __always_inline enum reason packet_parse_ip6(void *data, void *data_end, 
 		return REASON_MALFORMED;
 	switch (ip->nexthdr) {
 	case IPPROTO_TCP:
+	case IPPROTO_ICMPV6:
 		break;
 	case IPPROTO_FRAGMENT:
 		return REASON_FRAGMENT;
@@ -117,7 +120,7 @@ static __always_inline enum reason packet_parse_ip6(void *data, void *data_end, 
 	pkt->l4 = pkt->l3 + sizeof(*ip);
 	address_copy(pkt->saddr, ip->saddr.in6_u.u6_addr32);
 	address_copy(pkt->daddr, ip->daddr.in6_u.u6_addr32);
-	return REASON_OK;
+	return ip->nexthdr == IPPROTO_TCP ? REASON_OK : REASON_ICMP;
 }
 
 static __always_inline enum reason packet_parse_tcp(void *data, void *data_end, struct packet *pkt)
@@ -145,7 +148,8 @@ static __always_inline enum reason packet_parse_tcp(void *data, void *data_end, 
 }
 
 /* Reads Ethernet, at most one VLAN tag, IP and TCP. frame is the number of bytes
- * of the whole frame, linear or not: an IP length beyond it is malformed.
+ * of the whole frame, linear or not: an IP length beyond it is malformed. Of ICMP
+ * (REASON_ICMP) only IP is read.
  */
 static __always_inline enum reason packet_parse(void *data, void *data_end, __u32 frame,
 						struct packet *pkt)

@@ -27,6 +27,7 @@
 #include "flow.h"
 #include "synack.h"
 #include "offer.h"
+#include "icmp.h"
 
 /* Client-facing interfaces, ingress. */
 SEC("tc")
@@ -36,6 +37,8 @@ int snilb_client(struct __sk_buff *skb)
 	enum reason why = packet_read(skb, &pkt);
 	struct bound b;
 
+	if (why == REASON_ICMP)
+		return icmp(skb, &pkt, LEG_CLIENT);
 	if (why != REASON_OK)
 		return pass(why);
 	if (!listener_has_port(pkt.dport))
@@ -54,21 +57,26 @@ int snilb_backend(struct __sk_buff *skb)
 {
 	struct packet pkt = {};
 	enum reason why = packet_read(skb, &pkt);
-	__u16 port;
+	bool ours;
 	struct bound b;
 
+	if (why == REASON_ICMP)
+		return icmp(skb, &pkt, LEG_BACKEND);
 	if (why != REASON_OK)
 		return pass(why);
-	port = bpf_ntohs(pkt.dport);
-	if (port < source_port_first || port > source_port_last)
+	ours = port_is_ours(pkt.dport);
+	if (!ours && !source_may_be_client())
 		return pass(REASON_NOT_OURS);
 
-	/* A SYN-ACK on a bound flow is a repeated one: the engine answers it. */
-	if (flow_find(&pkt, LEG_BACKEND, &b) && !(pkt.flags & TCP_SYN))
+	if (flow_find(&pkt, LEG_BACKEND, &b)) {
+		/* A SYN-ACK on a bound flow is a repeated one: the engine answers it. */
+		if (pkt.flags & TCP_SYN || b.flow->control & FLOW_PENDING)
+			return backend_event(skb, &pkt, flow_worker(b.flow));
 		return flow_forward(skb, &pkt, &b, LEG_BACKEND);
-	if (!path_is_ours(&pkt))
+	}
+	if (!ours || !path_is_ours(&pkt))
 		return pass(REASON_NOT_OURS);
-	return backend_event(skb, &pkt);
+	return backend_event(skb, &pkt, port_worker(pkt.dport));
 }
 
 /* The engine's TAP device, ingress: every frame was written by the engine, and its
@@ -82,10 +90,12 @@ int snilb_tap(struct __sk_buff *skb)
 	__u8 to[6];
 	struct bound b;
 
-	if (why != REASON_OK || bpf_skb_load_bytes(skb, 0, to, sizeof(to)))
+	if ((why != REASON_OK && why != REASON_ICMP) || bpf_skb_load_bytes(skb, 0, to, sizeof(to)))
 		return drop(REASON_JUNK);
 	if (to[3] == TAP_OUTPUT)
 		return tap_output(skb, &pkt, to[4] << 8 | to[5]);
+	if (why == REASON_ICMP)
+		return drop(REASON_JUNK);
 
 	__u32 leg = to[3] == TAP_REPLAY_CLIENT ? LEG_CLIENT : LEG_BACKEND;
 
@@ -103,6 +113,7 @@ const enum unknown_flow *const abi_unknown_flow = NULL;
 const enum event_kind *const abi_event_kind = NULL;
 const enum tap_request *const abi_tap_request = NULL;
 const enum flow_state *const abi_flow_state = NULL;
+const enum live_flag *const abi_live_flag = NULL;
 const enum leg *const abi_leg = NULL;
 
 char _license[] SEC("license") = "GPL";

@@ -22,7 +22,7 @@ struct synack {
 	__u8 client_wscale;
 	__u8 seen; /* options that count once */
 	__u8 sack;
-	__u8 pad;
+	__u8 refused; /* options the backends do not have, as `seen` */
 };
 
 enum synack_seen {
@@ -52,7 +52,7 @@ static __always_inline bool synack_option(struct synack *s, __u32 at, __u8 kind,
 		   : kind == TCPOPT_TIMESTAMP && size == 10	? SEEN_TIMESTAMP
 								: 0;
 
-	if (!bit || s->seen & bit)
+	if (!bit || (s->seen | s->refused) & bit)
 		return false;
 	s->seen |= bit;
 	switch (bit) {
@@ -228,6 +228,8 @@ static __noinline int synack_make(struct __sk_buff *skb, struct packet *pkt)
 	s.len = len;
 	s.now_ms = (now / 1000000) | 1;
 	s.mss = pkt->family == AF_INET ? ctl->mss4 : ctl->mss6;
+	s.refused = (ctl->flags & LIVE_NO_SACK ? SEEN_SACK : 0) |
+		    (ctl->flags & LIVE_NO_TIMESTAMPS ? SEEN_TIMESTAMP : 0);
 	bpf_loop(TCPOPT_MAX + 1, synack_step, &s, 0);
 
 	opt.mss_class = mss_class(pkt->family, s.client_mss);

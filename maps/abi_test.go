@@ -46,7 +46,7 @@ func TestConstantsAreTheHeaders(t *testing.T) {
 		{"abi.h", "MAX_NEXTHOPS", MaxNexthops},
 		{"abi.h", "EVENT_DATA", EventData},
 		{"abi.h", "FLOW_NEXTHOP_MASK", uint64((&Entry{Flow: Flow{Control: 0xffffffff}}).Nexthop())},
-		{"abi.h", "FLOW_SHIFT_BIAS", uint64(FlowControl(0, 0) >> 16)},
+		{"abi.h", "FLOW_SHIFT_BIAS", uint64(FlowControl(0, 0, 0) >> 16)},
 		{"config.h", "ANNOUNCED_WSCALE", AnnouncedWindowScale},
 		{"cookie.h", "COOKIE_NO_WSCALE", CookieNoWindowScale},
 		{"cookie.h", "COOKIE_SLOT_NS", CookieSlotNanoseconds},
@@ -61,7 +61,7 @@ func TestFlowControlIsTheHeaders(t *testing.T) {
 	text := header(t, "abi.h")
 	pos, mask := define(t, text, "FLOW_SHIFT_POS"), define(t, text, "FLOW_SHIFT_MASK")
 	for shift := -14; shift <= 14; shift++ {
-		c := uint64(FlowControl(0xbeef, shift))
+		c := uint64(FlowControl(0xbeef, shift, 0))
 		if got := int(c>>pos&mask) - 14; got != shift || c&0xffff != 0xbeef || c>>24 != 0 {
 			t.Errorf("shift %d: control %#x", shift, c)
 		}

@@ -3,7 +3,7 @@
 // Package maps is the contract between the kernel programs and Go: the compiled
 // object, the types both sides share, and typed access to the maps.
 //
-// The table of the maps. All but scratch and unknown_allowance are pinned by the
+// The table of the maps. All but scratch and allowance are pinned by the
 // loader below /sys/fs/bpf/snilb/NAME/.
 //
 //	map             key -> value                 written by            read by           full means
@@ -22,7 +22,7 @@
 //	                                                                   reader a ring     counted; TCP repeats it
 //	counters        slot -> packets by reason,   kernel programs       daemon            interfaces share the last
 //	                per CPU                                                              slot
-//	scratch, unknown_allowance: one CPU's working memory of the programs
+//	scratch, allowance: one CPU's working memory of the programs
 //
 // A flow entry is self-contained: it outlives its backend in the configuration,
 // the daemon, and a change of programs.

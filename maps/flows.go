@@ -38,10 +38,10 @@ func (e *Entry) Has(state uint32) bool {
 	return e.Flow.Control&state == state
 }
 
-// FlowControl packs a next hop and a window shift (-14 to 14; positive: left) as
-// Flow.Control.
-func FlowControl(nexthop uint16, shift int) uint32 {
-	return uint32(nexthop) | uint32(shift+14)<<16
+// FlowControl packs a next hop, a window shift (-14 to 14; positive: left) and the
+// worker that owns the flow as Flow.Control.
+func FlowControl(nexthop uint16, shift, worker int) uint32 {
+	return uint32(nexthop) | uint32(shift+14)<<16 | uint32(worker)<<21
 }
 
 // InsertFlow adds an entry. Returns an error that is ebpf.ErrKeyExist if the tuple

@@ -355,7 +355,7 @@ func (r *rig) allow(second, used uint64) {
 	for i := range all {
 		all[i] = bpfAllowance{Second: second, Used: used}
 	}
-	must(r, r.coll.Maps[bpfMapUnknownAllowance].Put(uint32(0), all))
+	must(r, r.coll.Maps[bpfMapAllowance].Put(uint32(0), all))
 }
 
 // Resets are rationed by the second and CPU.

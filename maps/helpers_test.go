@@ -334,7 +334,7 @@ func (r *rig) event(raw []byte, worker int, after uint64) event {
 	if now := monotonic(r); h.Time < after || h.Time > now {
 		r.Errorf("event is from %d, not between %d and %d", h.Time, after, now)
 	}
-	if h.Pad != [4]uint8{} {
+	if h.Pad != [2]uint8{} {
 		r.Errorf("event padding is %x", h.Pad)
 	}
 	return event{

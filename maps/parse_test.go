@@ -151,7 +151,11 @@ func TestParse(t *testing.T) {
 					r := r.with(t)
 					r.refuse(f.clientSegment(ack), tag.tags, m, ProgramClient, pass(m.reason))
 					r.refuse(f.backendSegment(ack), tag.tags, m, ProgramBackend, pass(m.reason))
-					r.refuse(f.backendSegment(ack), tag.tags, m, ProgramTap, drop(bpfReasonREASON_JUNK))
+					onTap := drop(bpfReasonREASON_JUNK)
+					if m.name == "ICMP" || m.name == "ICMPv6" {
+						onTap = drop(bpfReasonREASON_NO_NEXTHOP) // the engine's own, to a next hop that is not there
+					}
+					r.refuse(f.backendSegment(ack), tag.tags, m, ProgramTap, onTap)
 				})
 			}
 		}

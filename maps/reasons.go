@@ -53,4 +53,7 @@ var Reasons = [bpfReasonREASON_LEN]ReasonInfo{
 	bpfReasonREASON_NO_NEXTHOP:       {"no_nexthop", ActionDrop},
 	bpfReasonREASON_REPLAY_MISSED:    {"replay_missed", ActionDrop},
 	bpfReasonREASON_WRITE_ERROR:      {"write_error", ActionDrop},
+	bpfReasonREASON_ICMP:             {"icmp", ActionEngine},
+	bpfReasonREASON_TOO_BIG_CUT:      {"too_big", ActionEngine},
+	bpfReasonREASON_ICMP_LIMITED:     {"icmp_limited", ActionDrop},
 }

@@ -27,7 +27,7 @@ type bpfCookieKey struct {
 
 type bpfCounterSet struct {
 	_       structs.HostLayout
-	Packets [28]uint64
+	Packets [31]uint64
 }
 
 type bpfEventHeader struct {
@@ -40,7 +40,8 @@ type bpfEventHeader struct {
 	Kind     uint8
 	Leg      uint8
 	Mac      [6]uint8
-	Pad      [4]uint8
+	Mtu      uint16
+	Pad      [2]uint8
 }
 
 type bpfEventKind uint32
@@ -50,7 +51,9 @@ const (
 	bpfEventKindEVENT_BACKEND bpfEventKind = 2
 	bpfEventKindEVENT_CLOSING bpfEventKind = 3
 	bpfEventKindEVENT_UNKNOWN bpfEventKind = 4
-	bpfEventKindEVENT_LEN     bpfEventKind = 5
+	bpfEventKindEVENT_ICMP    bpfEventKind = 5
+	bpfEventKindEVENT_TOO_BIG bpfEventKind = 6
+	bpfEventKindEVENT_LEN     bpfEventKind = 7
 )
 
 type bpfFlow struct {
@@ -105,9 +108,10 @@ type bpfFlow6Key struct {
 type bpfFlowState uint32
 
 const (
-	bpfFlowStateFLOW_FIN       bpfFlowState = 16777216
-	bpfFlowStateFLOW_RST       bpfFlowState = 33554432
-	bpfFlowStateFLOW_CONFIRMED bpfFlowState = 67108864
+	bpfFlowStateFLOW_FIN       bpfFlowState = 134217728
+	bpfFlowStateFLOW_RST       bpfFlowState = 268435456
+	bpfFlowStateFLOW_CONFIRMED bpfFlowState = 536870912
+	bpfFlowStateFLOW_PENDING   bpfFlowState = 1073741824
 )
 
 type bpfLeg uint32
@@ -138,8 +142,16 @@ type bpfLive struct {
 	Keys       [4]bpfCookieKey
 	Mss4       uint16
 	Mss6       uint16
-	Pad        uint32
+	Flags      uint32
 }
+
+type bpfLiveFlag uint32
+
+const (
+	bpfLiveFlagLIVE_NO_SACK       bpfLiveFlag = 1
+	bpfLiveFlagLIVE_NO_TIMESTAMPS bpfLiveFlag = 2
+	bpfLiveFlagLIVE_SOURCE_CLIENT bpfLiveFlag = 4
+)
 
 type bpfNexthop struct {
 	_       structs.HostLayout
@@ -194,7 +206,10 @@ const (
 	bpfReasonREASON_NO_NEXTHOP       bpfReason = 25
 	bpfReasonREASON_REPLAY_MISSED    bpfReason = 26
 	bpfReasonREASON_WRITE_ERROR      bpfReason = 27
-	bpfReasonREASON_LEN              bpfReason = 28
+	bpfReasonREASON_ICMP             bpfReason = 28
+	bpfReasonREASON_TOO_BIG_CUT      bpfReason = 29
+	bpfReasonREASON_ICMP_LIMITED     bpfReason = 30
+	bpfReasonREASON_LEN              bpfReason = 31
 )
 
 type bpfScratch struct {
@@ -223,34 +238,35 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	bpfMapControl          = "control"
-	bpfMapCounters         = "counters"
-	bpfMapFlows4           = "flows4"
-	bpfMapFlows6           = "flows6"
-	bpfMapListenerPorts    = "listener_ports"
-	bpfMapListeners        = "listeners"
-	bpfMapNexthops         = "nexthops"
-	bpfMapPaths            = "paths"
-	bpfMapRings            = "rings"
-	bpfMapScratch          = "scratch"
-	bpfMapUnknownAllowance = "unknown_allowance"
-	bpfProgSnilbBackend    = "snilb_backend"
-	bpfProgSnilbClient     = "snilb_client"
-	bpfProgSnilbTap        = "snilb_tap"
-	bpfVarAbiEventHeader   = "abi_event_header"
-	bpfVarAbiEventKind     = "abi_event_kind"
-	bpfVarAbiFlowState     = "abi_flow_state"
-	bpfVarAbiLeg           = "abi_leg"
-	bpfVarAbiReason        = "abi_reason"
-	bpfVarAbiTapRequest    = "abi_tap_request"
-	bpfVarAbiUnknownFlow   = "abi_unknown_flow"
-	bpfVarCounterSlot      = "counter_slot"
-	bpfVarDeadAfter        = "dead_after"
-	bpfVarHasCsumIpv6      = "has_csum_ipv6"
-	bpfVarRingBusy         = "ring_busy"
-	bpfVarSourcePortFirst  = "source_port_first"
-	bpfVarSourcePortLast   = "source_port_last"
-	bpfVarWorkers          = "workers"
+	bpfMapAllowance       = "allowance"
+	bpfMapControl         = "control"
+	bpfMapCounters        = "counters"
+	bpfMapFlows4          = "flows4"
+	bpfMapFlows6          = "flows6"
+	bpfMapListenerPorts   = "listener_ports"
+	bpfMapListeners       = "listeners"
+	bpfMapNexthops        = "nexthops"
+	bpfMapPaths           = "paths"
+	bpfMapRings           = "rings"
+	bpfMapScratch         = "scratch"
+	bpfProgSnilbBackend   = "snilb_backend"
+	bpfProgSnilbClient    = "snilb_client"
+	bpfProgSnilbTap       = "snilb_tap"
+	bpfVarAbiEventHeader  = "abi_event_header"
+	bpfVarAbiEventKind    = "abi_event_kind"
+	bpfVarAbiFlowState    = "abi_flow_state"
+	bpfVarAbiLeg          = "abi_leg"
+	bpfVarAbiLiveFlag     = "abi_live_flag"
+	bpfVarAbiReason       = "abi_reason"
+	bpfVarAbiTapRequest   = "abi_tap_request"
+	bpfVarAbiUnknownFlow  = "abi_unknown_flow"
+	bpfVarCounterSlot     = "counter_slot"
+	bpfVarDeadAfter       = "dead_after"
+	bpfVarHasCsumIpv6     = "has_csum_ipv6"
+	bpfVarRingBusy        = "ring_busy"
+	bpfVarSourcePortFirst = "source_port_first"
+	bpfVarSourcePortLast  = "source_port_last"
+	bpfVarWorkers         = "workers"
 )
 
 // loadBpf returns the embedded CollectionSpec for bpf.
@@ -304,17 +320,17 @@ type bpfProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfMapSpecs struct {
-	Control          *ebpf.MapSpec `ebpf:"control"`
-	Counters         *ebpf.MapSpec `ebpf:"counters"`
-	Flows4           *ebpf.MapSpec `ebpf:"flows4"`
-	Flows6           *ebpf.MapSpec `ebpf:"flows6"`
-	ListenerPorts    *ebpf.MapSpec `ebpf:"listener_ports"`
-	Listeners        *ebpf.MapSpec `ebpf:"listeners"`
-	Nexthops         *ebpf.MapSpec `ebpf:"nexthops"`
-	Paths            *ebpf.MapSpec `ebpf:"paths"`
-	Rings            *ebpf.MapSpec `ebpf:"rings"`
-	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
-	UnknownAllowance *ebpf.MapSpec `ebpf:"unknown_allowance"`
+	Allowance     *ebpf.MapSpec `ebpf:"allowance"`
+	Control       *ebpf.MapSpec `ebpf:"control"`
+	Counters      *ebpf.MapSpec `ebpf:"counters"`
+	Flows4        *ebpf.MapSpec `ebpf:"flows4"`
+	Flows6        *ebpf.MapSpec `ebpf:"flows6"`
+	ListenerPorts *ebpf.MapSpec `ebpf:"listener_ports"`
+	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
+	Nexthops      *ebpf.MapSpec `ebpf:"nexthops"`
+	Paths         *ebpf.MapSpec `ebpf:"paths"`
+	Rings         *ebpf.MapSpec `ebpf:"rings"`
+	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
 }
 
 // bpfVariableSpecs contains global variables before they are loaded into the kernel.
@@ -325,6 +341,7 @@ type bpfVariableSpecs struct {
 	AbiEventKind    *ebpf.VariableSpec `ebpf:"abi_event_kind"`
 	AbiFlowState    *ebpf.VariableSpec `ebpf:"abi_flow_state"`
 	AbiLeg          *ebpf.VariableSpec `ebpf:"abi_leg"`
+	AbiLiveFlag     *ebpf.VariableSpec `ebpf:"abi_live_flag"`
 	AbiReason       *ebpf.VariableSpec `ebpf:"abi_reason"`
 	AbiTapRequest   *ebpf.VariableSpec `ebpf:"abi_tap_request"`
 	AbiUnknownFlow  *ebpf.VariableSpec `ebpf:"abi_unknown_flow"`
@@ -357,21 +374,22 @@ func (o *bpfObjects) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfMaps struct {
-	Control          *ebpf.Map `ebpf:"control"`
-	Counters         *ebpf.Map `ebpf:"counters"`
-	Flows4           *ebpf.Map `ebpf:"flows4"`
-	Flows6           *ebpf.Map `ebpf:"flows6"`
-	ListenerPorts    *ebpf.Map `ebpf:"listener_ports"`
-	Listeners        *ebpf.Map `ebpf:"listeners"`
-	Nexthops         *ebpf.Map `ebpf:"nexthops"`
-	Paths            *ebpf.Map `ebpf:"paths"`
-	Rings            *ebpf.Map `ebpf:"rings"`
-	Scratch          *ebpf.Map `ebpf:"scratch"`
-	UnknownAllowance *ebpf.Map `ebpf:"unknown_allowance"`
+	Allowance     *ebpf.Map `ebpf:"allowance"`
+	Control       *ebpf.Map `ebpf:"control"`
+	Counters      *ebpf.Map `ebpf:"counters"`
+	Flows4        *ebpf.Map `ebpf:"flows4"`
+	Flows6        *ebpf.Map `ebpf:"flows6"`
+	ListenerPorts *ebpf.Map `ebpf:"listener_ports"`
+	Listeners     *ebpf.Map `ebpf:"listeners"`
+	Nexthops      *ebpf.Map `ebpf:"nexthops"`
+	Paths         *ebpf.Map `ebpf:"paths"`
+	Rings         *ebpf.Map `ebpf:"rings"`
+	Scratch       *ebpf.Map `ebpf:"scratch"`
 }
 
 func (m *bpfMaps) Close() error {
 	return _BpfClose(
+		m.Allowance,
 		m.Control,
 		m.Counters,
 		m.Flows4,
@@ -382,7 +400,6 @@ func (m *bpfMaps) Close() error {
 		m.Paths,
 		m.Rings,
 		m.Scratch,
-		m.UnknownAllowance,
 	)
 }
 
@@ -394,6 +411,7 @@ type bpfVariables struct {
 	AbiEventKind    *ebpf.Variable `ebpf:"abi_event_kind"`
 	AbiFlowState    *ebpf.Variable `ebpf:"abi_flow_state"`
 	AbiLeg          *ebpf.Variable `ebpf:"abi_leg"`
+	AbiLiveFlag     *ebpf.Variable `ebpf:"abi_live_flag"`
 	AbiReason       *ebpf.Variable `ebpf:"abi_reason"`
 	AbiTapRequest   *ebpf.Variable `ebpf:"abi_tap_request"`
 	AbiUnknownFlow  *ebpf.Variable `ebpf:"abi_unknown_flow"`

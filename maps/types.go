@@ -52,10 +52,17 @@ const (
 	EventBackend = bpfEventKindEVENT_BACKEND
 	EventClosing = bpfEventKindEVENT_CLOSING
 	EventUnknown = bpfEventKindEVENT_UNKNOWN
+	EventICMP    = bpfEventKindEVENT_ICMP
+	EventTooBig  = bpfEventKindEVENT_TOO_BIG
 
 	FlowFIN       = uint32(bpfFlowStateFLOW_FIN)
 	FlowRST       = uint32(bpfFlowStateFLOW_RST)
 	FlowConfirmed = uint32(bpfFlowStateFLOW_CONFIRMED)
+	FlowPending   = uint32(bpfFlowStateFLOW_PENDING)
+
+	LiveNoSACK       = uint32(bpfLiveFlagLIVE_NO_SACK)
+	LiveNoTimestamps = uint32(bpfLiveFlagLIVE_NO_TIMESTAMPS)
+	LiveSourceClient = uint32(bpfLiveFlagLIVE_SOURCE_CLIENT)
 
 	TapOutput        = uint8(bpfTapRequestTAP_OUTPUT)
 	TapReplayClient  = uint8(bpfTapRequestTAP_REPLAY_CLIENT)
@@ -79,6 +86,8 @@ const (
 	MaxNexthops = 65536
 	// EventData is the most bytes of a packet that an event holds.
 	EventData = 17408
+	// AlertLength is the bytes of a TLS record with an alert.
+	AlertLength = 7
 	// AnnouncedWindowScale is in every SYN-ACK that has the option.
 	AnnouncedWindowScale = 7
 	// CookieNoWindowScale stands for "no such option" in a cookie.
