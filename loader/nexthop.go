@@ -81,6 +81,7 @@ type hopKey struct {
 	gateway netip.Addr // invalid: on the link
 	family  uint8      // of the gateway, or of the destination
 	mtu     int        // the route's own, 0: the link's
+	limit   int        // less than both, for a destination that takes less; 0: none
 }
 
 func keyOf(dst netip.Addr, r route) hopKey {
@@ -129,8 +130,12 @@ func newHopTable(write func(uint32, *maps.Nexthop) error, find func(netip.Addr) 
 func (t *hopTable) index(dst netip.Addr, r route, linkMTU int) (index uint16, mtu int, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	key := keyOf(dst, r)
-	mtu = effectiveMTU(key.mtu, linkMTU)
+	return t.indexOf(dst, keyOf(dst, r), linkMTU)
+}
+
+// indexOf is index for a next hop that is known; t.mu is held.
+func (t *hopTable) indexOf(dst netip.Addr, key hopKey, linkMTU int) (index uint16, mtu int, err error) {
+	mtu = key.effectiveMTU(linkMTU)
 	index, ok := t.byKey[key]
 	if !ok {
 		if index, err = t.homeOrNew(key); err != nil {
@@ -169,9 +174,21 @@ func (t *hopTable) homeOrNew(key hopKey) (uint16, error) {
 	return index, nil
 }
 
-func effectiveMTU(routeMTU, linkMTU int) int {
-	if routeMTU > 0 && routeMTU < linkMTU {
-		return routeMTU
+// within finds or adds an entry like another one, with a limit.
+func (t *hopTable) within(index uint16, dst netip.Addr, limit int) (uint16, int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	key := t.hops[index].key
+	key.limit = limit
+	return t.indexOf(dst, key, t.hops[index].mtu)
+}
+
+// effectiveMTU is the smallest of the link's, the route's and the limit.
+func (k *hopKey) effectiveMTU(linkMTU int) int {
+	for _, mtu := range []int{k.mtu, k.limit} {
+		if mtu > 0 && mtu < linkMTU {
+			linkMTU = mtu
+		}
 	}
 	return linkMTU
 }
@@ -217,7 +234,7 @@ func (t *hopTable) refresh(linkMTU func(ifindex int) int) error {
 		}
 		mtu := 0
 		if link := linkMTU(h.key.ifindex); link > 0 {
-			mtu = effectiveMTU(h.key.mtu, link)
+			mtu = h.key.effectiveMTU(link)
 		}
 		if moved || mtu != h.mtu {
 			h.mtu = mtu
@@ -237,6 +254,7 @@ func (h *hop) follow(find func(netip.Addr) (route, error)) hopKey {
 			continue // without a route there is nowhere better to send it
 		}
 		key := keyOf(dst, r)
+		key.limit = h.key.limit
 		if known && key != now {
 			return h.key
 		}
@@ -270,6 +288,18 @@ func (i *Instance) NextHop(dst netip.Addr) (NextHop, error) {
 		return h, nil
 	}
 	return i.resolve(dst)
+}
+
+// NextHopWithin is NextHop for a destination that takes IP packets of at most mtu
+// bytes, less than the way to it: the kernel programs treat larger ones as too big.
+func (i *Instance) NextHopWithin(dst netip.Addr, mtu int) (NextHop, error) {
+	dst = dst.Unmap()
+	h, err := i.NextHop(dst)
+	if err != nil || h.MTU <= mtu {
+		return h, err
+	}
+	h.Index, h.MTU, err = i.hops.within(h.Index, dst, mtu)
+	return h, err
 }
 
 func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {

@@ -100,14 +100,14 @@ func (h *handshake) entries(w *worker, back Hop, f *flow) (toBackend, toClient *
 		To: maps.Tuple{Src: a.source(), Dst: a.backend.Addr},
 		Flow: maps.Flow{
 			Seq: seq, Ack: ack, Tsval: ts, Tsecr: ecr, LastAck: h.cookie + 1, LastSeen: seen,
-			Control: maps.FlowControl(a.hop.Index, up), Generation: f.generation, Id: a.backend.ID,
+			Control: maps.FlowControl(a.hop.Index, up, w.id), Generation: f.generation, Id: a.backend.ID,
 		},
 	}
 	toClient = &maps.Entry{
 		To: maps.Tuple{Src: h.connection.listener, Dst: h.client},
 		Flow: maps.Flow{
 			Seq: -ack, Ack: -seq, Tsval: -ecr, Tsecr: -ts, LastAck: a.isn + 1 + uint32(h.acked), LastSeen: seen,
-			Control: maps.FlowControl(back.Index, down), Generation: f.generation, Id: f.routeID,
+			Control: maps.FlowControl(back.Index, down, w.id), Generation: f.generation, Id: f.routeID,
 		},
 	}
 	return toBackend, toClient

@@ -19,7 +19,7 @@ import (
 // The decoder knows offsets that only bpf/abi.h can change.
 func TestReadEventHeader(t *testing.T) {
 	want := maps.EventHeader{
-		Time: 1, Ifindex: 2, Length: 3, Captured: 4, Listener: 5, Kind: 6, Leg: 7,
+		Time: 1, Ifindex: 2, Length: 3, Captured: 4, Listener: 5, Kind: 6, Leg: 7, Mtu: 8,
 	}
 	raw := make([]byte, unsafe.Sizeof(want))
 	*(*maps.EventHeader)(unsafe.Pointer(&raw[0])) = want

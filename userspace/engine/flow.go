@@ -106,10 +106,7 @@ func (w *worker) flowOf(leg maps.Leg, s *packet.Segment) *flow {
 	if leg == maps.LegClient {
 		return w.flows[connection{client: s.Src, listener: s.Dst}]
 	}
-	if p := w.paths[pathKey{source: s.Dst.Addr(), backend: s.Src}]; p != nil {
-		return p.leases[s.Dst.Port()].flow
-	}
-	return nil
+	return w.leaseOf(s.Src, s.Dst).flow
 }
 
 // quiet is how long the flow must be silent to be over; 0 is never.

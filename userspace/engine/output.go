@@ -12,15 +12,20 @@ import (
 // write sends one segment as a frame into the TAP device, where the kernel program
 // reads from the destination address what to do: request and next hop.
 func (w *worker) write(request uint8, hop uint16, s *packet.Segment) {
+	w.emit(request, hop, s.Src.Addr().Is4(), s.Append)
+}
+
+// emit writes a frame around the IP packet that appendTo makes.
+func (w *worker) emit(request uint8, hop uint16, v4 bool, appendTo func([]byte) []byte) {
 	ethertype := [2]byte{0x08, 0x00}
-	if !s.Src.Addr().Is4() {
+	if !v4 {
 		ethertype = [2]byte{0x86, 0xdd}
 	}
 	b := append(w.frame[:0],
 		0x02, 's', 'n', request, byte(hop>>8), byte(hop),
 		0x02, 's', 'n', 0, 0, 0,
 		ethertype[0], ethertype[1])
-	b = s.Append(b)
+	b = appendTo(b)
 	w.frame = b
 	if _, err := w.queue.Write(b); err != nil {
 		w.stats.writeErrors++

@@ -50,6 +50,8 @@ type stats struct {
 
 	acks        uint64 // sent to clients before the bind
 	late        uint64 // events of flows that were bound meanwhile
+	icmp        uint64 // errors told to the other leg
+	tooBig      uint64 // packets of bound flows cut to fit
 	unknown     uint64 // packets of no connection
 	badEvents   uint64 // wrong checksum, or no TCP
 	staleEvents uint64

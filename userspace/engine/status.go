@@ -183,7 +183,7 @@ func (s *stats) addNamed(to *Status) {
 		to.Hellos[helloNames[i]] += n
 	}
 	for name, n := range map[string]uint64{
-		"acks": s.acks, "late": s.late, "unknown": s.unknown, "bad": s.badEvents,
+		"acks": s.acks, "late": s.late, "icmp": s.icmp, "too_big": s.tooBig, "unknown": s.unknown, "bad": s.badEvents,
 		"stale": s.staleEvents, "out_of_window": s.outOfWindow,
 		"unroutable": s.unroutable, "write_errors": s.writeErrors,
 	} {

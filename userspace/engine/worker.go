@@ -112,7 +112,12 @@ func (w *worker) event(raw []byte) {
 		w.stats.staleEvents++
 		return
 	}
-	s, err := packet.Parse(raw[eventHeaderSize:][:min(int(h.Captured), len(raw)-eventHeaderSize)])
+	raw = raw[eventHeaderSize:][:min(int(h.Captured), len(raw)-eventHeaderSize)]
+	if maps.EventKind(h.Kind) == maps.EventICMP {
+		w.icmpError(maps.Leg(h.Leg), raw)
+		return
+	}
+	s, err := packet.Parse(raw)
 	if err != nil {
 		w.stats.badEvents++
 		return
@@ -124,6 +129,8 @@ func (w *worker) event(raw []byte) {
 		w.backendSegment(&s)
 	case maps.EventClosing:
 		w.closingSegment(maps.Leg(h.Leg), &s)
+	case maps.EventTooBig:
+		w.tooBig(maps.Leg(h.Leg), &s, int(h.Length), int(h.Mtu))
 	case maps.EventUnknown:
 		w.stats.unknown++
 		w.reset(&s)
@@ -142,6 +149,7 @@ func readEventHeader(raw []byte) maps.EventHeader {
 		Listener: binary.NativeEndian.Uint16(raw[18:]),
 		Kind:     raw[20],
 		Leg:      raw[21],
+		Mtu:      binary.NativeEndian.Uint16(raw[28:]),
 	}
 }
 
@@ -207,11 +215,7 @@ func echo(s *packet.Segment) packet.Options {
 
 // backendSegment is a backend's packet to one of our ports that no entry took.
 func (w *worker) backendSegment(s *packet.Segment) {
-	p := w.paths[pathKey{source: s.Dst.Addr(), backend: s.Src}]
-	var l lease
-	if p != nil {
-		l = p.leases[s.Dst.Port()]
-	}
+	l := w.leaseOf(s.Src, s.Dst)
 	switch {
 	case l.handshake != nil:
 		l.handshake.backendSegment(w, s)
@@ -224,6 +228,14 @@ func (w *worker) backendSegment(s *packet.Segment) {
 		w.stats.unknown++
 		w.reset(s)
 	}
+}
+
+// leaseOf returns who speaks to a backend from an address of ours.
+func (w *worker) leaseOf(backend, ours netip.AddrPort) lease {
+	if p := w.paths[pathKey{source: ours.Addr(), backend: backend}]; p != nil {
+		return p.leases[ours.Port()]
+	}
+	return lease{}
 }
 
 // ackAgain answers a SYN-ACK that came again because the hello, which carried its

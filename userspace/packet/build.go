@@ -22,9 +22,9 @@ func (s *Segment) Append(b []byte) []byte {
 	opt := s.appendOptions(options[:0])
 	length := headerTCP + len(opt) + len(s.Payload)
 	if s.Src.Addr().Is4() {
-		b = s.appendIP4(b, length)
+		b = appendIP4(b, s.Src.Addr(), s.Dst.Addr(), header4+length, protocolTCP)
 	} else {
-		b = s.appendIP6(b, length)
+		b = appendIP6(b, s.Src.Addr(), s.Dst.Addr(), length, protocolTCP)
 	}
 	at := len(b)
 	b = binary.BigEndian.AppendUint16(b, s.Src.Port())
@@ -42,25 +42,27 @@ func (s *Segment) Append(b []byte) []byte {
 	return b
 }
 
-func (s *Segment) appendIP4(b []byte, length int) []byte {
+// appendIP4 writes a header for a packet of length bytes, itself included.
+func appendIP4(b []byte, src, dst netip.Addr, length int, protocol byte) []byte {
 	at := len(b)
 	b = append(b, 0x45, 0)
-	b = binary.BigEndian.AppendUint16(b, uint16(header4+length))
-	b = append(b, 0, 0, 0x40, 0, hopLimit, protocolTCP, 0, 0) // DF, so no identification
-	src, dst := s.Src.Addr().As4(), s.Dst.Addr().As4()
-	b = append(b, src[:]...)
-	b = append(b, dst[:]...)
+	b = binary.BigEndian.AppendUint16(b, uint16(length))
+	b = append(b, 0, 0, 0x40, 0, hopLimit, protocol, 0, 0) // DF, so no identification
+	s, d := src.As4(), dst.As4()
+	b = append(b, s[:]...)
+	b = append(b, d[:]...)
 	binary.BigEndian.PutUint16(b[at+10:], ^fold(add(0, b[at:])))
 	return b
 }
 
-func (s *Segment) appendIP6(b []byte, length int) []byte {
+// appendIP6 writes a header for a packet of length bytes behind it.
+func appendIP6(b []byte, src, dst netip.Addr, length int, protocol byte) []byte {
 	b = append(b, 0x60, 0, 0, 0)
 	b = binary.BigEndian.AppendUint16(b, uint16(length))
-	b = append(b, protocolTCP, hopLimit)
-	src, dst := s.Src.Addr().As16(), s.Dst.Addr().As16()
-	b = append(b, src[:]...)
-	return append(b, dst[:]...)
+	b = append(b, protocol, hopLimit)
+	s, d := src.As16(), dst.As16()
+	b = append(b, s[:]...)
+	return append(b, d[:]...)
 }
 
 // appendOptions lays them out as Linux does: timestamps aligned, and alone behind
