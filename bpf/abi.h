@@ -75,6 +75,7 @@ enum event_kind {
 	EVENT_UNKNOWN,	 /* a packet of a connection nobody knows, to be reset */
 	EVENT_ICMP,	 /* an ICMP error that quotes a packet of ours */
 	EVENT_TOO_BIG,	 /* a bound packet that does not fit its next hop */
+	EVENT_CLOSED,	 /* a client's data or FIN behind an alert of the engine's */
 	EVENT_LEN,
 };
 

@@ -125,23 +125,21 @@ static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *p
 	return drop(REASON_UNKNOWN_RESET);
 }
 
-/* The connection's cookie if the engine has closed it by itself, its FIN alone or
- * behind an alert: the client's acknowledgment is then so far past the cookie.
+/* Whether the client has acknowledged that the engine closed: a FIN alone, or one
+ * behind an alert, is so far past the cookie. Returns the cookie, or -1.
  */
-static __always_inline bool is_after_close(const struct live *ctl, const struct packet *pkt,
-					   __u64 wall, __u32 *cookie)
+static __always_inline __s64 cookie_after_close(const struct live *ctl, const struct packet *pkt,
+						__u64 wall)
 {
+	__u32 cookie = pkt->ack - 2;
+
 	if ((pkt->flags & (TCP_ACK | TCP_SYN | TCP_RST)) != TCP_ACK)
-		return false;
-	if (!(pkt->flags & TCP_FIN)) {
-		if (pkt->payload)
-			return false;
-		*cookie = pkt->ack - 2;
-		if (cookie_valid(ctl, pkt, *cookie, wall))
-			return true;
-	}
-	*cookie = pkt->ack - 2 - ALERT_LENGTH;
-	return cookie_valid(ctl, pkt, *cookie, wall);
+		return -1;
+	/* Behind the FIN alone there is nothing more to come: the client's was first. */
+	if (!pkt->payload && !(pkt->flags & TCP_FIN) && cookie_valid(ctl, pkt, cookie, wall))
+		return cookie;
+	cookie -= ALERT_LENGTH;
+	return cookie_valid(ctl, pkt, cookie, wall) ? cookie : -1;
 }
 
 /* A packet to one of our ports that belongs to no bound flow. closing: it had one,
@@ -167,8 +165,14 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 		return offer_syn(skb, pkt, ctl, closing);
 	wall = bpf_ktime_get_coarse_ns() + ctl->wall_offset;
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
-	    (!cookie_valid(ctl, pkt, cookie, wall) && !is_after_close(ctl, pkt, wall, &cookie)))
-		return offer_unknown(skb, pkt, listener);
+	    !cookie_valid(ctl, pkt, cookie, wall)) {
+		__s64 closed = cookie_after_close(ctl, pkt, wall);
+
+		if (closed < 0)
+			return offer_unknown(skb, pkt, listener);
+		cookie = closed;
+		what.kind = EVENT_CLOSED;
+	}
 	if (!pkt->payload && !(pkt->flags & (TCP_FIN | TCP_RST)))
 		return drop(REASON_HANDSHAKE_ACK);
 	what.listener = listener->id;

@@ -53,7 +53,8 @@ const (
 	bpfEventKindEVENT_UNKNOWN bpfEventKind = 4
 	bpfEventKindEVENT_ICMP    bpfEventKind = 5
 	bpfEventKindEVENT_TOO_BIG bpfEventKind = 6
-	bpfEventKindEVENT_LEN     bpfEventKind = 7
+	bpfEventKindEVENT_CLOSED  bpfEventKind = 7
+	bpfEventKindEVENT_LEN     bpfEventKind = 8
 )
 
 type bpfFlow struct {

@@ -54,6 +54,7 @@ const (
 	EventUnknown = bpfEventKindEVENT_UNKNOWN
 	EventICMP    = bpfEventKindEVENT_ICMP
 	EventTooBig  = bpfEventKindEVENT_TOO_BIG
+	EventClosed  = bpfEventKindEVENT_CLOSED
 
 	FlowFIN       = uint32(bpfFlowStateFLOW_FIN)
 	FlowRST       = uint32(bpfFlowStateFLOW_RST)

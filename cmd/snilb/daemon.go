@@ -119,7 +119,11 @@ func (s *server) engineOptions() engine.Options {
 		Tables: s.instance.Tables(),
 		NextHop: func(addr netip.Addr) (engine.Hop, error) {
 			hop, err := s.instance.NextHop(addr)
-			return engine.Hop{Index: hop.Index, MTU: hop.MTU, Source: hop.Source}, err
+			return engineHop(hop), err
+		},
+		NextHopWithin: func(addr netip.Addr, mtu int) (engine.Hop, error) {
+			hop, err := s.instance.NextHopWithin(addr, mtu)
+			return engineHop(hop), err
 		},
 		MSS:             s.instance.MTU,
 		SourcePortFirst: loader.DefaultSourcePortFirst,
@@ -131,6 +135,10 @@ func (s *server) engineOptions() engine.Options {
 		o.Queues = append(o.Queues, queue)
 	}
 	return o
+}
+
+func engineHop(h loader.NextHop) engine.Hop {
+	return engine.Hop{Index: h.Index, MTU: h.MTU, Source: h.Source}
 }
 
 func listenerSpecs(c *config.Config) []loader.ListenerSpec {

@@ -37,9 +37,9 @@ func (r *reader) file(root ast.Node) {
 	seen := r.mapping(root, "the file", []field{
 		{key: "version", read: r.version},
 		{key: "listen", read: r.listen},
-		{key: "no_match", read: r.actionInto(&c.NoMatch, "no_match", FeatureNoMatchAlert)},
-		{key: "not_tls", read: r.actionInto(&c.NotTLS, "not_tls", FeatureNotTLSAlert)},
-		{key: "no_backend", read: r.actionInto(&c.NoBackend, "no_backend", FeatureNoBackendAlert)},
+		{key: "no_match", read: r.actionInto(&c.NoMatch, "no_match")},
+		{key: "not_tls", read: r.actionInto(&c.NotTLS, "not_tls")},
+		{key: "no_backend", read: r.actionInto(&c.NoBackend, "no_backend")},
 		{key: "unknown_flow", read: r.unknownFlow},
 		{key: "timeouts", read: func(n ast.Node) { r.timeouts(n, &c.Timeouts, true) }},
 		{key: "limits", read: r.limits},
@@ -72,7 +72,7 @@ func (r *reader) version(node ast.Node) {
 }
 
 // actionInto returns a reader for one of: reset, alert, drop, pool:NAME.
-func (r *reader) actionInto(into *Action, what string, alert Feature) func(ast.Node) {
+func (r *reader) actionInto(into *Action, what string) func(ast.Node) {
 	return func(node ast.Node) {
 		if _, mapping := node.(*ast.MappingNode); mapping {
 			r.refuse(r.at(node), what+" is a mapping", "write it as one word: \"pool:NAME\"")
@@ -99,9 +99,7 @@ func (r *reader) actionInto(into *Action, what string, alert Feature) func(ast.N
 		case 0:
 			*into = Action{Kind: Reset}
 		case 1:
-			if r.built(alert, s.pos, what+": alert") {
-				*into = Action{Kind: Alert}
-			}
+			*into = Action{Kind: Alert}
 		case 2:
 			*into = Action{Kind: Drop}
 		case 3:

@@ -61,7 +61,7 @@ func (r *reader) listener(node ast.Node) (*Listener, bool) {
 		seen := r.mapping(node, "a listener", []field{
 			{key: "name", read: func(n ast.Node) { l.Name = r.label(n, "listener name") }},
 			{key: "address", read: readAddress},
-			{key: "no_match", read: r.actionInto(&l.NoMatch, "no_match", FeatureNoMatchAlert)},
+			{key: "no_match", read: r.actionInto(&l.NoMatch, "no_match")},
 			{key: "accept_proxy", read: func(n ast.Node) { r.emptyList(n, "accept_proxy", FeatureAcceptProxy) }},
 		})
 		if seen != nil {

@@ -57,7 +57,7 @@ func (r *reader) pool(e entry) *Pool {
 		}},
 		{key: "slow_start", read: func(n ast.Node) { r.onlyWord(n, "slow_start", "none", FeatureSlowStart) }},
 		{key: "health", read: r.health},
-		{key: "no_backend", read: r.actionInto(&p.NoBackend, "no_backend", FeatureNoBackendAlert)},
+		{key: "no_backend", read: r.actionInto(&p.NoBackend, "no_backend")},
 		{key: "timeouts", read: func(n ast.Node) { timeouts = n }},
 		{key: "backends", read: func(n ast.Node) { r.backends(n, p) }, null: "list at least one IP:port"},
 	})

@@ -206,9 +206,7 @@ func (rr *routeReader) action(node ast.Node) {
 	case 0:
 		rr.route.Action.Kind = Reset
 	case 1:
-		if rr.built(FeatureNoMatchAlert, rr.at(node), "action: alert") {
-			rr.route.Action.Kind = Alert
-		}
+		rr.route.Action.Kind = Alert
 	case 2:
 		rr.route.Action.Kind = Drop
 	}

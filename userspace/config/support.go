@@ -13,9 +13,6 @@ type Feature string
 // The features that can be switched on one by one.
 const (
 	FeatureAcceptProxy    Feature = "accept_proxy"
-	FeatureNoMatchAlert   Feature = "no_match: alert" // Also action: alert of a route.
-	FeatureNotTLSAlert    Feature = "not_tls: alert"
-	FeatureNoBackendAlert Feature = "no_backend: alert"
 	FeatureDeny           Feature = "deny"
 	FeatureAllow          Feature = "allow"
 	FeatureFlowsPerSource Feature = "flows_per_source"
@@ -34,13 +31,9 @@ const (
 
 // notBuilt is the one place that says what this build refuses although the file
 // format has it, with what to do instead. Removing a line switches a feature
-// on. For the alerts that is all there is to do here: the value is carried as
-// Alert. The others also need fields in Config.
+// on, together with the fields it needs in Config.
 var notBuilt = map[Feature]string{
 	FeatureAcceptProxy:    "remove accept_proxy",
-	FeatureNoMatchAlert:   "use reset",
-	FeatureNotTLSAlert:    "use reset",
-	FeatureNoBackendAlert: "use reset",
 	FeatureDeny:           "leave the list empty",
 	FeatureAllow:          "leave the list empty",
 	FeatureFlowsPerSource: "use none",

@@ -69,20 +69,32 @@ func TestWarnTimeouts(t *testing.T) {
 	}
 }
 
-// TestSwitch shows that one line of notBuilt is all that keeps an alert out.
+// TestSwitch shows that what is not built is refused by one line of notBuilt.
 func TestSwitch(t *testing.T) {
-	const text = "version: 1\nlisten: \":443\"\nno_match: pool:a\nnot_tls: alert\npools: {a: {backends: 192.0.2.1:443}}\n"
+	const text = "version: 1\nlisten: \":443\"\nno_match: pool:a\npools: {a: {on_down: reset, backends: 192.0.2.1:443}}\n"
 	if _, err := Parse("f", []byte(text)); err == nil {
-		t.Fatal("not_tls: alert is accepted")
+		t.Fatal("on_down: reset is accepted")
 	}
-	if !slices.Contains(NotBuilt(), FeatureNotTLSAlert) {
+	if !slices.Contains(NotBuilt(), FeatureOnDownReset) {
 		t.Error("NotBuilt does not list it")
 	}
-	remedy := notBuilt[FeatureNotTLSAlert]
-	delete(notBuilt, FeatureNotTLSAlert)
-	t.Cleanup(func() { notBuilt[FeatureNotTLSAlert] = remedy })
-	if c := mustParse(t, text); c.NotTLS.Kind != Alert {
-		t.Errorf("not_tls is %s", c.NotTLS)
+	remedy := notBuilt[FeatureOnDownReset]
+	delete(notBuilt, FeatureOnDownReset)
+	t.Cleanup(func() { notBuilt[FeatureOnDownReset] = remedy })
+	mustParse(t, text)
+}
+
+// TestAlert reads the word wherever it may stand.
+func TestAlert(t *testing.T) {
+	c := mustParse(t, "version: 1\nlisten: {address: \":443\", no_match: alert}\nno_match: alert\nnot_tls: alert\nno_backend: alert\n"+
+		"pools: {a: {backends: 192.0.2.1:443, no_backend: alert}}\nroutes: [{sni: a.example.com, pool: a}, {sni: b.example.com, action: alert}]\n")
+	for what, got := range map[string]Action{
+		"no_match": c.NoMatch, "not_tls": c.NotTLS, "no_backend": c.NoBackend, "listener": c.Listeners[0].NoMatch,
+		"pool": c.Pools[0].NoBackend, "route": c.Routes[1].Action,
+	} {
+		if got.Kind != Alert {
+			t.Errorf("%s is %s", what, got)
+		}
 	}
 }
 

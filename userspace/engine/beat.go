@@ -28,7 +28,9 @@ func (e *Engine) beat() error {
 	for s := slot - 2; s <= slot+1; s++ {
 		live.Keys[s&3] = e.cookieKey(s)
 	}
-	live.Mss4, live.Mss6 = e.o.MSS()
+	mss4, mss6 := e.o.MSS()
+	say := e.peers.announcement(e.plan.Load().pools, mss4, mss6)
+	live.Mss4, live.Mss6, live.Flags = say.mss4, say.mss6, say.flags
 	return e.o.Tables.SetLive(&live)
 }
 

@@ -217,8 +217,16 @@ func (h *handshake) synAck(w *worker, s *packet.Segment) {
 	if h.phase == pushing {
 		return // again, since our answer is on its way or lost; push repeats it
 	}
+	if err := h.learn(w, s); err != nil {
+		h.phase = pushing // it has a connection now, which fail resets
+		a.peer = *s
+		w.log.limited(w.now, "no way to a backend within its MSS", "backend", a.backend.Addr, "error", err)
+		h.fail(w, "no_nexthop")
+		return
+	}
 	if h.options.HasTimestamps && !s.Options.HasTimestamps {
-		// The client was promised timestamps and drops what has none.
+		// The client was promised timestamps and may drop what has none (RFC 7323
+		// 3.2).
 		h.phase = pushing // it has a connection now, which fail resets
 		a.peer = *s
 		w.log.limited(w.now, "backend has no timestamps: enable tcp_timestamps there", "backend", a.backend.Addr)
@@ -235,6 +243,33 @@ func (h *handshake) synAck(w *worker, s *packet.Segment) {
 	a.retry = firstRetry
 	a.ends = h.deadline
 	h.push(w)
+}
+
+// learn notes what the backend can do, for later clients. This one may have been
+// told of a larger MSS than the backend has: its packets then get a next hop that
+// knows.
+func (h *handshake) learn(w *worker, s *packet.Segment) error {
+	a := &h.attempt
+	v4 := h.client.Addr().Is4()
+	if w.e.peers.learn(a.backend.Addr, &h.options, &s.Options) {
+		if err := w.e.beat(); err != nil {
+			w.log.limited(w.now, "what SYN-ACKs announce not changed", "error", err)
+		}
+	}
+	headers := headers6
+	if v4 {
+		headers = headers4
+	}
+	takes := int(mssOf(s.Options.MSS, v4)) + headers
+	if takes >= a.hop.MTU {
+		return nil
+	}
+	hop, err := w.e.o.NextHopWithin(a.backend.Addr.Addr(), takes)
+	if err != nil {
+		return err
+	}
+	a.hop = hop
+	return nil
 }
 
 // push sends the backend the bytes that the client will not repeat. After the bind
@@ -266,12 +301,6 @@ func (h *handshake) pushed(w *worker, s *packet.Segment) {
 // segmentSize is what a segment to the backend may carry.
 func (h *handshake) segmentSize() int {
 	a := &h.attempt
-	mss := a.peer.Options.MSS
-	if mss == 0 {
-		mss = 536
-		if !h.client.Addr().Is4() {
-			mss = 1220
-		}
-	}
+	mss := mssOf(a.peer.Options.MSS, h.client.Addr().Is4())
 	return segmentSize(mss, a.hop.MTU, h.client.Addr().Is4(), h.options.HasTimestamps)
 }

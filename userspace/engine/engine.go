@@ -42,6 +42,9 @@ type Options struct {
 	Queues []io.Writer // of the TAP device, one a worker; a write is a frame
 	// NextHop asks the kernel for the way to an address.
 	NextHop func(netip.Addr) (Hop, error)
+	// NextHopWithin is NextHop for a destination that takes IP packets of mtu bytes
+	// and no larger ones.
+	NextHopWithin func(addr netip.Addr, mtu int) (Hop, error)
 	// MSS is what SYN-ACKs announce, in bytes.
 	MSS                             func() (mss4, mss6 uint16)
 	SourcePortFirst, SourcePortLast uint16 // both included
@@ -58,6 +61,7 @@ type Engine struct {
 
 	plan    atomic.Pointer[Plan]
 	sources sources
+	peers   peers
 	flows   atomic.Int64 // bound now
 	held    atomic.Int64 // bytes of incomplete hellos
 	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
@@ -133,7 +137,7 @@ func (e *Engine) Live() int {
 	live := 0
 	for _, w := range e.workers {
 		w.mu.Lock()
-		live += len(w.handshakes)
+		live += len(w.handshakes) - w.refused
 		for _, f := range w.flows {
 			if f.closing == nil || !f.closing.reset {
 				live++

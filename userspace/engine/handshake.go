@@ -57,6 +57,8 @@ type handshake struct {
 	sni      string
 	decision decision
 	attempt  attempt
+
+	refusedAt uint32 // the client's next number, once refused
 }
 
 // newHandshake returns nil when a limit is hit: the client repeats its hello.
@@ -114,6 +116,10 @@ func (h *handshake) end() uint32 { return h.hello.Start() + uint32(len(h.hello.B
 
 // add takes a segment with data, FIN or both.
 func (h *handshake) add(w *worker, s *packet.Segment) {
+	if h.phase == refused {
+		h.afterRefusal(w, s)
+		return
+	}
 	h.window = s.Window
 	if s.Options.HasTimestamps && int32(s.Options.TSVal-h.options.TSVal) > 0 || h.options.TSVal == 0 {
 		h.options.TSVal = s.Options.TSVal
@@ -225,20 +231,6 @@ func (h *handshake) act(w *worker, d decision) {
 	h.connect(w)
 }
 
-// refuse ends a connection that no backend gets. A dropped one is remembered until
-// the hello's deadline, so that its repetitions are not decided again.
-func (h *handshake) refuse(w *worker, action config.ActionKind) {
-	if action == config.Drop {
-		h.phase = refused
-		w.timers.set(&h.timer, max(h.deadline, w.now+int64(time.Second)))
-		return
-	}
-	s := h.toClient(packet.RST | packet.ACK)
-	s.Ack, s.Window, s.Options = h.end(), 0, packet.Options{}
-	w.send(&s)
-	w.drop(h)
-}
-
 // expire is the timer's: what it means depends on the phase.
 func (h *handshake) expire(w *worker) {
 	switch {
@@ -254,13 +246,24 @@ func (h *handshake) expire(w *worker) {
 	}
 }
 
-// drop forgets a handshake: its memory, its port, its timer.
+// drop forgets a handshake.
 func (w *worker) drop(h *handshake) {
 	w.timers.set(&h.timer, 0)
-	h.release(w, false)
-	w.e.held.Add(-int64(h.held))
-	w.e.sources.leave(h.client.Addr())
+	if h.phase == refused {
+		w.refused--
+	} else {
+		h.letGo(w)
+	}
 	if w.handshakes[h.connection] == h {
 		delete(w.handshakes, h.connection)
 	}
+}
+
+// letGo gives back what a handshake that goes on holds: its port, its share of the
+// limits.
+func (h *handshake) letGo(w *worker) {
+	h.release(w, false)
+	w.e.held.Add(-int64(h.held))
+	h.held = 0
+	w.e.sources.leave(h.client.Addr())
 }

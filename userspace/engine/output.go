@@ -88,11 +88,17 @@ func (w *worker) reset(s *packet.Segment) {
 	w.send(&r)
 }
 
+// Bytes of the IP and TCP headers without options.
+const (
+	headers4 = 40
+	headers6 = 60
+)
+
 // segmentSize is the most payload a segment to a peer may have.
 func segmentSize(peerMSS uint16, mtu int, v4, timestamps bool) int {
-	headers := 60
+	headers := headers6
 	if v4 {
-		headers = 40
+		headers = headers4
 	}
 	size := min(int(peerMSS), mtu-headers)
 	if timestamps {

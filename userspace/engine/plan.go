@@ -48,6 +48,15 @@ func (p *Plan) Backends() []netip.AddrPort {
 	return all
 }
 
+// Why a connection is decided as it is: half of a decision's `result` label.
+const (
+	reasonMatched   = "matched"
+	reasonNoMatch   = "no_match"
+	reasonNotTLS    = "not_tls"
+	reasonMalformed = "malformed"
+	reasonNoBackend = "no_backend"
+)
+
 // decision is what becomes of a connection.
 type decision struct {
 	route  *config.Route // nil: none matched, or the bytes are no hello
@@ -66,9 +75,9 @@ func (p *Plan) decide(listener int, c connection, h *hello.Hello) decision {
 		Listener:   listener,
 		Hash:       pool.Hash(config.HashFlow, c.client, c.listener, "", pool.Key{}),
 	})
-	out := decision{route: d.Route, reason: "matched", action: d.Action.Kind}
+	out := decision{route: d.Route, reason: reasonMatched, action: d.Action.Kind}
 	if d.Route == nil {
-		out.reason = "no_match"
+		out.reason = reasonNoMatch
 	}
 	chosen := d.Pool
 	if chosen == nil {
@@ -82,16 +91,16 @@ func (p *Plan) decide(listener int, c connection, h *hello.Hello) decision {
 func (p *Plan) decideNotHello(c connection, err error) decision {
 	if errors.Is(err, hello.ErrNotTLS) {
 		a := p.config.NotTLS
-		return p.fill(decision{reason: "not_tls", action: a.Kind}, a.Pool, c, "")
+		return p.fill(decision{reason: reasonNotTLS, action: a.Kind}, a.Pool, c, "")
 	}
-	return decision{reason: "malformed", action: config.Reset}
+	return decision{reason: reasonMalformed, action: config.Reset}
 }
 
 // decideNoBackend says what becomes of a connection whose pool has no backend that
 // answers.
 func (p *Plan) decideNoBackend(d decision, c connection, sni string) decision {
 	a := d.pool.Config.NoBackend
-	return p.fill(decision{route: d.route, reason: "no_backend", action: a.Kind}, a.Pool, c, sni)
+	return p.fill(decision{route: d.route, reason: reasonNoBackend, action: a.Kind}, a.Pool, c, sni)
 }
 
 func (p *Plan) fill(d decision, chosen *config.Pool, c connection, sni string) decision {

@@ -46,6 +46,9 @@ func (e *Engine) Flows() ([]Flow, error) {
 	for _, w := range e.workers {
 		w.mu.Lock()
 		for _, h := range w.handshakes {
+			if h.phase == refused {
+				continue // over; remembered for its repetitions
+			}
 			all = append(all, h.status(now))
 		}
 		for _, f := range w.flows {
@@ -145,7 +148,7 @@ func (e *Engine) Status() Status {
 	var handshakes, nanoseconds uint64
 	for _, w := range e.workers {
 		w.mu.Lock()
-		s.HalfOpen += len(w.handshakes)
+		s.HalfOpen += len(w.handshakes) - w.refused
 		addTo(decisions, w.stats.decisions)
 		addTo(connects, w.stats.connects)
 		addTo(s.Closed, w.stats.closed)

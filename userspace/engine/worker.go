@@ -42,6 +42,7 @@ type worker struct {
 	handshakes map[connection]*handshake
 	flows      map[connection]*flow
 	paths      map[pathKey]*ports
+	refused    int // of handshakes, those in that phase
 	generation uint16
 	frame      []byte
 	stats      stats
@@ -129,6 +130,8 @@ func (w *worker) event(raw []byte) {
 		w.backendSegment(&s)
 	case maps.EventClosing:
 		w.closingSegment(maps.Leg(h.Leg), &s)
+	case maps.EventClosed:
+		w.closedSegment(&s)
 	case maps.EventTooBig:
 		w.tooBig(maps.Leg(h.Leg), &s, int(h.Length), int(h.Mtu))
 	case maps.EventUnknown:
