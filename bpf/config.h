@@ -8,6 +8,8 @@
 /* Which of `counters` this copy of the programs counts in: one per interface. */
 volatile const __u32 counter_slot = 0;
 volatile const __u32 workers = 1;
+/* Spreads clients over the workers as nobody can foresee. */
+volatile const __u64 worker_key = 0;
 /* The ports the engine speaks to backends from, both ends included. */
 volatile const __u16 source_port_first = 10000;
 volatile const __u16 source_port_last = 29999;

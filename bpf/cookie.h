@@ -135,12 +135,4 @@ static __always_inline bool cookie_valid(const struct live *ctl, const struct pa
 	       (cookie & COOKIE_MAC_MASK);
 }
 
-/* The worker that has a connection from its first packet on: keyed, so that no
- * client can choose to meet many others there.
- */
-static __always_inline __u32 cookie_worker(__u32 cookie)
-{
-	return ((__u64)(cookie & COOKIE_MAC_MASK) * workers) >> COOKIE_MAC_BITS;
-}
-
 #endif

@@ -11,6 +11,22 @@ static __always_inline __u32 port_worker(__be16 port)
 	return (__u16)(bpf_ntohs(port) - source_port_first) % workers;
 }
 
+/* Odd, and far from any regular pattern: the golden ratio's fraction (Knuth). */
+#define HASH_FACTOR 0x9e3779b97f4a7c15ULL
+
+/* A client's address and port belong to one worker, so that a connection meets there
+ * what is left of an earlier one. Keyed: no client can choose to meet many others.
+ */
+static __always_inline __u32 client_worker(const struct packet *pkt)
+{
+	__u64 h = worker_key;
+
+	h = (h ^ words(pkt->saddr[0], pkt->saddr[1])) * HASH_FACTOR;
+	h = (h ^ h >> 32 ^ words(pkt->saddr[2], pkt->saddr[3])) * HASH_FACTOR;
+	h = (h ^ h >> 32 ^ pkt->sport) * HASH_FACTOR;
+	return ((h >> 32) * workers) >> 32;
+}
+
 /* Whether the worker behind this ring is so far behind that new connections
  * should go elsewhere.
  */

@@ -95,8 +95,7 @@ static __always_inline int offer_syn(struct __sk_buff *skb, struct packet *pkt,
 {
 	if (daemon_is_dead(ctl, bpf_ktime_get_coarse_ns()))
 		return pass(REASON_DAEMON_DEAD);
-	/* One ring a CPU stands for all: the cookie spreads hellos evenly. */
-	if (ring_is_busy(bpf_get_smp_processor_id() % workers))
+	if (ring_is_busy(client_worker(pkt)))
 		return pass(REASON_RING_BUSY);
 	if (closing)
 		flow_forget(pkt, LEG_CLIENT);
@@ -125,21 +124,18 @@ static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *p
 	return drop(REASON_UNKNOWN_RESET);
 }
 
-/* Whether the client has acknowledged that the engine closed: a FIN alone, or one
- * behind an alert, is so far past the cookie. Returns the cookie, or -1.
+/* Whether the client acknowledges that the engine has closed: a FIN alone, or one
+ * behind an alert, is so far past the cookie.
  */
-static __always_inline __s64 cookie_after_close(const struct live *ctl, const struct packet *pkt,
-						__u64 wall)
+static __always_inline bool closed_before(const struct live *ctl, const struct packet *pkt,
+					  __u64 wall)
 {
-	__u32 cookie = pkt->ack - 2;
-
 	if ((pkt->flags & (TCP_ACK | TCP_SYN | TCP_RST)) != TCP_ACK)
-		return -1;
+		return false;
 	/* Behind the FIN alone there is nothing more to come: the client's was first. */
-	if (!pkt->payload && !(pkt->flags & TCP_FIN) && cookie_valid(ctl, pkt, cookie, wall))
-		return cookie;
-	cookie -= ALERT_LENGTH;
-	return cookie_valid(ctl, pkt, cookie, wall) ? cookie : -1;
+	if (!pkt->payload && !(pkt->flags & TCP_FIN) && cookie_valid(ctl, pkt, pkt->ack - 2, wall))
+		return true;
+	return cookie_valid(ctl, pkt, pkt->ack - 2 - ALERT_LENGTH, wall);
 }
 
 /* A packet to one of our ports that belongs to no bound flow. closing: it had one,
@@ -166,17 +162,14 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 	wall = bpf_ktime_get_coarse_ns() + ctl->wall_offset;
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
 	    !cookie_valid(ctl, pkt, cookie, wall)) {
-		__s64 closed = cookie_after_close(ctl, pkt, wall);
-
-		if (closed < 0)
+		if (!closed_before(ctl, pkt, wall))
 			return offer_unknown(skb, pkt, listener);
-		cookie = closed;
 		what.kind = EVENT_CLOSED;
 	}
 	if (!pkt->payload && !(pkt->flags & (TCP_FIN | TCP_RST)))
 		return drop(REASON_HANDSHAKE_ACK);
 	what.listener = listener->id;
-	if (!event_send(skb, pkt, what, cookie_worker(cookie), EVENT_DATA))
+	if (!event_send(skb, pkt, what, client_worker(pkt), EVENT_DATA))
 		return drop(REASON_EVENT_LOST);
 	return drop(REASON_HELLO);
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -33,6 +34,7 @@ type Instance struct {
 	rings       []*ebpf.Map
 	tap         *tap
 	hasCsumIPv6 bool
+	workerKey   uint64 // spreads clients over the workers
 
 	subscribe func(*namespace) (changes, error) // a seam: tests break the subscription
 
@@ -157,6 +159,7 @@ func (i *Instance) build() (err error) {
 	if i.hasCsumIPv6, err = probeCsumIPv6(); err != nil {
 		return err
 	}
+	i.workerKey = rand.Uint64()
 	steps := []struct {
 		name string
 		do   func() error

@@ -48,6 +48,7 @@ func (i *Instance) spec(role Role, slot uint32) (*ebpf.CollectionSpec, error) {
 	err = errors.Join(
 		set(spec, bpf.VarCounterSlot, slot),
 		set(spec, bpf.VarWorkers, uint32(i.opts.Workers)),
+		set(spec, bpf.VarWorkerKey, i.workerKey),
 		set(spec, bpf.VarSourcePortFirst, i.opts.SourcePortFirst),
 		set(spec, bpf.VarSourcePortLast, i.opts.SourcePortLast),
 		set(spec, bpf.VarDeadAfter, uint64(i.opts.DeadAfter)),

@@ -4,6 +4,7 @@ package maps
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -256,6 +257,16 @@ func TestHelloRingFull(t *testing.T) {
 	}
 }
 
+// clientWorker is the model of client_worker, with the key 0.
+func clientWorker(client netip.AddrPort, workers uint32) int {
+	const factor = 0x9e3779b97f4a7c15
+	addr := client.Addr().As16()
+	h := binary.LittleEndian.Uint64(addr[:]) * factor
+	h = (h ^ h>>32 ^ binary.LittleEndian.Uint64(addr[8:])) * factor
+	h = (h ^ h>>32 ^ uint64(client.Port()>>8|client.Port()<<8)) * factor
+	return int(h >> 32 * uint64(workers) >> 32)
+}
+
 // All segments of a hello reach one worker, and all workers are reached.
 func TestHelloWorkers(t *testing.T) {
 	for _, workers := range []uint32{1, 2, 3, 5, 64} {
@@ -268,7 +279,7 @@ func TestHelloWorkers(t *testing.T) {
 					f.client = netip.AddrPortFrom(f.client.Addr(), 1024+port)
 					s := r.hello(f)
 					w := hello(s)
-					w.events[0].Worker = int(uint64(s.ack-1) & 0x3fffff * uint64(workers) >> 22)
+					w.events[0].Worker = clientWorker(f.client, workers)
 					seen[w.events[0].Worker] = true
 					r.expect(ProgramClient, s.frame(), w)
 					s.seq, s.flags = s.seq+10, s.flags|fin

@@ -267,6 +267,7 @@ const (
 	bpfVarRingBusy        = "ring_busy"
 	bpfVarSourcePortFirst = "source_port_first"
 	bpfVarSourcePortLast  = "source_port_last"
+	bpfVarWorkerKey       = "worker_key"
 	bpfVarWorkers         = "workers"
 )
 
@@ -352,6 +353,7 @@ type bpfVariableSpecs struct {
 	RingBusy        *ebpf.VariableSpec `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.VariableSpec `ebpf:"source_port_first"`
 	SourcePortLast  *ebpf.VariableSpec `ebpf:"source_port_last"`
+	WorkerKey       *ebpf.VariableSpec `ebpf:"worker_key"`
 	Workers         *ebpf.VariableSpec `ebpf:"workers"`
 }
 
@@ -422,6 +424,7 @@ type bpfVariables struct {
 	RingBusy        *ebpf.Variable `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.Variable `ebpf:"source_port_first"`
 	SourcePortLast  *ebpf.Variable `ebpf:"source_port_last"`
+	WorkerKey       *ebpf.Variable `ebpf:"worker_key"`
 	Workers         *ebpf.Variable `ebpf:"workers"`
 }
 

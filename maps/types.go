@@ -111,6 +111,7 @@ const (
 
 	VarCounterSlot     = bpfVarCounterSlot     // uint32
 	VarWorkers         = bpfVarWorkers         // uint32
+	VarWorkerKey       = bpfVarWorkerKey       // uint64
 	VarSourcePortFirst = bpfVarSourcePortFirst // uint16
 	VarSourcePortLast  = bpfVarSourcePortLast  // uint16
 	VarDeadAfter       = bpfVarDeadAfter       // uint64, ns
