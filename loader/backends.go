@@ -18,6 +18,7 @@ type backendSet struct {
 
 type backend struct {
 	ports   []uint16
+	sources []netip.Addr // beside the route's own
 	ready   map[backendPath]bool
 	mtu     int
 	problem string // the last one that was logged
@@ -36,15 +37,16 @@ func newBackendSet() backendSet {
 
 // AddBackend makes the kernel hand what a backend sends to our source ports to the
 // engine: it attaches the backend program on the interface towards it and enters
-// its path. Returns the address this node speaks from. The backend is remembered
-// even if an error is returned, and Run takes it up when a route appears;
+// its path, and one for each of sources, addresses of this node that are spoken
+// from as well. Returns the address that the route speaks from. The backend is
+// remembered even if an error is returned, and Run takes it up when a route appears;
 // RemoveBackend forgets it.
-func (i *Instance) AddBackend(addr netip.AddrPort) (source netip.Addr, err error) {
+func (i *Instance) AddBackend(addr netip.AddrPort, sources ...netip.Addr) (source netip.Addr, err error) {
 	if !addr.IsValid() || addr.Port() == 0 {
 		return netip.Addr{}, fmt.Errorf("backend %v: want an address and a port", addr)
 	}
 	dst := addr.Addr().Unmap()
-	i.backends.add(dst, addr.Port())
+	i.backends.add(dst, addr.Port(), sources)
 	h, err := i.resolve(dst)
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("backend %v: %w", addr, err)
@@ -66,7 +68,7 @@ func (i *Instance) RemoveBackend(addr netip.AddrPort) error {
 	return first
 }
 
-func (s *backendSet) add(dst netip.Addr, port uint16) {
+func (s *backendSet) add(dst netip.Addr, port uint16, sources []netip.Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b := s.byAddr[dst]
@@ -76,6 +78,11 @@ func (s *backendSet) add(dst netip.Addr, port uint16) {
 	}
 	if !slices.Contains(b.ports, port) {
 		b.ports = append(b.ports, port)
+	}
+	for _, source := range sources {
+		if !slices.Contains(b.sources, source) {
+			b.sources = append(b.sources, source)
+		}
 	}
 }
 
@@ -101,9 +108,9 @@ func (s *backendSet) remove(dst netip.Addr, port uint16) map[netip.Addr]bool {
 	return sources
 }
 
-// missing lists the ports of a backend that have no path by this route yet, and
+// missing lists the paths of a backend by this route that are not there yet, and
 // notes the MTU towards it. It is empty for what is no backend.
-func (s *backendSet) missing(dst netip.Addr, r route, mtu int) []uint16 {
+func (s *backendSet) missing(dst netip.Addr, r route, mtu int) []backendPath {
 	s.mu.RLock()
 	b := s.byAddr[dst]
 	if b == nil {
@@ -114,13 +121,15 @@ func (s *backendSet) missing(dst netip.Addr, r route, mtu int) []uint16 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b.mtu = mtu
-	var ports []uint16
+	var paths []backendPath
 	for _, port := range b.ports {
-		if !b.ready[backendPath{r.ifindex, r.source, port}] {
-			ports = append(ports, port)
+		for _, source := range append([]netip.Addr{r.source}, b.sources...) {
+			if path := (backendPath{r.ifindex, source, port}); !b.ready[path] {
+				paths = append(paths, path)
+			}
 		}
 	}
-	return ports
+	return paths
 }
 
 // settle makes a backend's answers reach the engine by this route; it does nothing
@@ -144,11 +153,11 @@ func (i *Instance) settle(dst netip.Addr, r route, mtu int) error {
 	if _, err := i.attach(device, RoleBackend); err != nil {
 		return err
 	}
-	for _, port := range i.backends.missing(dst, r, mtu) {
-		if err := i.tables.AddPath(r.source, netip.AddrPortFrom(dst, port), i.backends.nextID()); err != nil {
+	for _, path := range i.backends.missing(dst, r, mtu) {
+		if err := i.tables.AddPath(path.source, netip.AddrPortFrom(dst, path.port), i.backends.nextID()); err != nil {
 			return err
 		}
-		i.backends.done(dst, backendPath{r.ifindex, r.source, port})
+		i.backends.done(dst, path)
 	}
 	return nil
 }

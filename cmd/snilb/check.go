@@ -64,6 +64,10 @@ func check(out, errOut io.Writer, path string, host, strict bool) error {
 	if len(problems) > 0 {
 		return loadError(errOut, problems)
 	}
+	for _, p := range c.Notes {
+		p.What = "note: " + p.What
+		_, _ = fmt.Fprintln(errOut, p)
+	}
 	_, err = fmt.Fprintf(out, "ok: %s, %s, %s, %s\n", plural(len(c.Listeners), "listener"),
 		plural(len(c.Pools), "pool"), plural(c.Backends(), "backend"), plural(len(c.Routes), "route"))
 	return err

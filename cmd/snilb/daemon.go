@@ -57,6 +57,9 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 	for _, w := range c.Warnings {
 		s.log.Warn(w.What, "at", w.Position.String(), "remedy", w.Remedy)
 	}
+	for _, n := range c.Notes {
+		s.log.Info(n.What, "at", n.Position.String(), "remedy", n.Remedy)
+	}
 	s.instance, err = loader.Load(loader.Options{
 		Name: o.name, Interfaces: o.interfaces, Workers: o.workers, FlowEntries: c.Limits.Flows,
 		DeadAfter: o.deadAfter, Order: o.order, Logger: s.log,

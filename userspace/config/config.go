@@ -26,6 +26,8 @@ type Config struct {
 
 	// Warnings are for people: the file is valid and does what it says.
 	Warnings Problems
+	// Notes say what the file needs around it.
+	Notes Problems
 }
 
 // Backends returns how many backends all pools have together.
@@ -165,10 +167,31 @@ type Pool struct {
 	Index     int // Place in Config.Pools.
 	Name      string
 	Balance   Balance
-	Hash      HashKey    // Only with Maglev.
+	Hash      HashKey // Only with Maglev.
+	Source    Source
 	NoBackend Action     // Resolved. Following Pool from pool to pool always ends.
 	Timeouts  Timeouts   // Resolved. Hello is the file's.
 	Backends  []*Backend // At least one, in file order, no address twice.
+}
+
+// Source is the address and port that backends see. The zero value is "nat": the
+// address this node has towards the backend.
+type Source struct {
+	Client    bool         // The client's own. The others are then unset.
+	Addresses []netip.Addr // Of this node; a backend gets those of its family.
+	// PortFirst and PortLast, both included, are 0 for the instance's own range.
+	PortFirst, PortLast uint16
+}
+
+// Of returns the addresses of one family.
+func (s *Source) Of(v4 bool) []netip.Addr {
+	var some []netip.Addr
+	for _, addr := range s.Addresses {
+		if addr.Is4() == v4 {
+			some = append(some, addr)
+		}
+	}
+	return some
 }
 
 // Backend is one server. A client is only ever sent to a backend of its own

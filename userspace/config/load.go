@@ -56,6 +56,7 @@ func Parse(name string, data []byte) (*Config, error) {
 		return nil, sorted(r.problems)
 	}
 	r.config.Warnings = sorted(warnings(r.config))
+	r.config.Notes = sorted(notes(r.config))
 	return r.config, nil
 }
 

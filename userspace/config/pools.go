@@ -48,7 +48,7 @@ func (r *reader) pool(e entry) *Pool {
 				p.Hash = HashKey(i)
 			}
 		}},
-		{key: "source", read: func(n ast.Node) { r.onlyWord(n, "source", "nat", FeatureSource) }},
+		{key: "source", read: func(n ast.Node) { r.source(n, p) }},
 		{key: "proxy_protocol", read: func(n ast.Node) { r.onlyWord(n, "proxy_protocol", "none", FeatureProxyProtocol) }},
 		{key: "on_down", read: func(n ast.Node) {
 			if r.choice(n, "on_down", "keep", "reset") == 1 {

@@ -19,7 +19,6 @@ const (
 	FeatureSYNsPerSource  Feature = "syns_per_source"
 	FeatureLeastConns     Feature = "balance: least_connections"
 	FeatureRandomTwo      Feature = "balance: random_two"
-	FeatureSource         Feature = "source"
 	FeatureProxyProtocol  Feature = "proxy_protocol"
 	FeatureOnDownReset    Feature = "on_down: reset"
 	FeatureSlowStart      Feature = "slow_start"
@@ -40,7 +39,6 @@ var notBuilt = map[Feature]string{
 	FeatureSYNsPerSource:  "use none",
 	FeatureLeastConns:     "use round_robin or maglev",
 	FeatureRandomTwo:      "use round_robin or maglev",
-	FeatureSource:         "use nat",
 	FeatureProxyProtocol:  "use none",
 	FeatureOnDownReset:    "use keep",
 	FeatureSlowStart:      "use none",

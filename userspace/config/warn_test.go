@@ -3,6 +3,7 @@
 package config
 
 import (
+	"net/netip"
 	"slices"
 	"testing"
 )
@@ -82,6 +83,26 @@ func TestSwitch(t *testing.T) {
 	delete(notBuilt, FeatureOnDownReset)
 	t.Cleanup(func() { notBuilt[FeatureOnDownReset] = remedy })
 	mustParse(t, text)
+}
+
+// TestSource reads the three forms, and notes what the network must do for one.
+func TestSource(t *testing.T) {
+	c := mustParse(t, "version: 1\nlisten: \":443\"\nno_match: pool:a\npools:\n  a: {source: client, backends: 192.0.2.1:443}\n"+
+		"  b: {source: {addresses: [192.0.2.5, \"2001:db8::5\"], ports: \"20000-20999\"}, backends: 192.0.2.1:443}\n  c: {source: nat, backends: 192.0.2.1:443}\n")
+	addr := netip.MustParseAddr
+	for i, want := range []Source{
+		{Client: true},
+		{Addresses: []netip.Addr{addr("192.0.2.5"), addr("2001:db8::5")}, PortFirst: 20000, PortLast: 20999},
+		{},
+	} {
+		diff(t, c.Pools[i].Name, c.Pools[i].Source, want)
+	}
+	diff(t, "addresses of a family", c.Pools[1].Source.Of(false), []netip.Addr{addr("2001:db8::5")})
+	want := "routes.yaml:5:3: pool a has source: client: what its backends answer to clients must come back through this node; " +
+		"make this node their gateway towards clients (default route or policy routing)"
+	if len(c.Notes) != 1 || c.Notes[0].String() != want {
+		t.Errorf("notes: %v", c.Notes)
+	}
 }
 
 // TestAlert reads the word wherever it may stand.
