@@ -289,3 +289,17 @@ func CheckBackend(addr netip.AddrPort) error {
 	}
 	return nil
 }
+
+// CheckSource reports whether this node has an address, so that what backends answer
+// to it comes here.
+func CheckSource(addr netip.Addr) error {
+	ns, err := currentNamespace()
+	if err != nil {
+		return err
+	}
+	defer ns.close() //nolint:errcheck // only read
+	if _, err := lookupRoute(ns, addr.Unmap()); !errors.Is(err, ErrLocal) {
+		return fmt.Errorf("%v is no address of this node", addr)
+	}
+	return nil
+}

@@ -60,9 +60,10 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 	for _, n := range c.Notes {
 		s.log.Info(n.What, "at", n.Position.String(), "remedy", n.Remedy)
 	}
+	ports := sourcePorts(c, o.sourcePorts)
 	s.instance, err = loader.Load(loader.Options{
 		Name: o.name, Interfaces: o.interfaces, Workers: o.workers, FlowEntries: c.Limits.Flows,
-		SourcePortFirst: o.sourcePorts[0], SourcePortLast: o.sourcePorts[1],
+		SourcePortFirst: ports[0], SourcePortLast: ports[1],
 		DeadAfter: o.deadAfter, Order: o.order, Logger: s.log,
 	})
 	if err != nil {
@@ -90,10 +91,11 @@ func (s *server) setupError(err error) error {
 
 // prepare fills the tables and makes the parts that run; nothing runs yet.
 func (s *server) prepare() error {
-	problems := eachBackend(s.config, func(addr netip.AddrPort) error {
-		_, err := s.instance.AddBackend(addr)
+	problems := checkSources(s.config)
+	problems = append(problems, eachBackend(s.config, func(addr netip.AddrPort, sources []netip.Addr) error {
+		_, err := s.instance.AddBackend(addr, sources...)
 		return err
-	})
+	})...)
 	if len(problems) > 0 {
 		return problems
 	}
@@ -119,6 +121,7 @@ func (s *server) prepare() error {
 }
 
 func (s *server) engineOptions() engine.Options {
+	ports := sourcePorts(s.config, s.o.sourcePorts)
 	o := engine.Options{
 		Tables: s.instance.Tables(),
 		NextHop: func(addr netip.Addr) (engine.Hop, error) {
@@ -130,8 +133,9 @@ func (s *server) engineOptions() engine.Options {
 			return engineHop(hop), err
 		},
 		MSS:             s.instance.MTU,
-		SourcePortFirst: s.o.sourcePorts[0],
-		SourcePortLast:  s.o.sourcePorts[1],
+		SourcePortFirst: ports[0],
+		SourcePortLast:  ports[1],
+		SourcePortsOwn:  s.o.sourcePorts,
 		Log:             s.log,
 	}
 	for i, queue := range s.instance.TapQueues() {

@@ -76,6 +76,7 @@ func TestAlert(t *testing.T) {
 			wantEnding(t, bed, vip(bed, v6), []byte("GET / HTTP/1.0\r\n\r\n"), wantAlert(10))
 		})
 		t.Run("pieces", func(t *testing.T) { alertInPieces(t, bed, vip(bed, v6)) })
+		t.Run("same-port", func(t *testing.T) { alertSamePort(t, bed, vip(bed, v6)) })
 		t.Run("lost", func(t *testing.T) { alertLost(t, bed, vip(bed, v6)) })
 	})
 	for _, f := range d.flows() {
@@ -94,6 +95,28 @@ func alertInPieces(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 	_, err = (&splitter{Conn: c, size: 50, pause: time.Millisecond}).Write(append(first, make([]byte, 3000)...))
 	must(t, err) // a reset would be one
 	wantAlert(112)(t, c)
+}
+
+// alertSamePort asks again at once from the port that an alert was sent to, for a name that has a route: its cookie is the
+// same, as no time has passed.
+func alertSamePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
+	for range 3 {
+		c, err := dialFrom(bed, target, 7777)
+		must(t, err)
+		must(t, c.SetDeadline(time.Now().Add(5*time.Second)))
+		_, err = c.Write(hello(t, classic("unknown.example.com")))
+		must(t, err)
+		_, err = io.ReadAll(c)
+		must(t, err)
+		must(t, c.(*net.TCPConn).SetLinger(0)) // leaves no TIME_WAIT
+		must(t, c.Close())
+		c, err = dialFrom(bed, target, 7777)
+		must(t, err)
+		got, err := whoami(handshake(t, c, classic("a.example.com")))
+		wantBody(t, got, err, "b1", "a.example.com")
+		must(t, c.(*net.TCPConn).SetLinger(0))
+		must(t, c.Close())
+	}
 }
 
 // alertLost takes no notice of the alert and repeats the hello, then closes and repeats that: each is answered again, and

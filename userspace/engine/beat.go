@@ -31,6 +31,9 @@ func (e *Engine) beat() error {
 	mss4, mss6 := e.o.MSS()
 	say := e.peers.announcement(e.plan.Load().pools, mss4, mss6)
 	live.Mss4, live.Mss6, live.Flags = say.mss4, say.mss6, say.flags
+	if e.plan.Load().sourceClient {
+		live.Flags |= maps.LiveSourceClient
+	}
 	return e.o.Tables.SetLive(&live)
 }
 

@@ -53,7 +53,11 @@ func (h *handshake) bind(w *worker) {
 // insert adds both entries or none.
 func (w *worker) insert(f *flow, toBackend, toClient *maps.Entry) error {
 	t := w.e.o.Tables
-	if err := t.InsertFlow(maps.LegBackend, f.backendTuple(), toClient); err != nil {
+	insert := t.InsertFlow
+	if f.local.ports == nil {
+		insert = t.ReplaceFlow // the pending entry
+	}
+	if err := insert(maps.LegBackend, f.backendTuple(), toClient); err != nil {
 		return err
 	}
 	if err := t.InsertFlow(maps.LegClient, f.clientTuple(), toBackend); err != nil {
@@ -73,8 +77,8 @@ func (h *handshake) abandon(w *worker, result string) {
 // settle turns the handshake into a flow of the worker.
 func (h *handshake) settle(w *worker, f *flow) {
 	a := &h.attempt
-	a.ports.leases[a.port] = lease{flow: f}
-	a.ports = nil // the flow has the port now
+	w.leases[f.backendTuple()] = lease{flow: f}
+	a.local = local{} // it is the flow's now
 	w.drop(h)
 	w.flows[h.connection] = f
 	w.e.flows.Add(1)
@@ -97,7 +101,7 @@ func (h *handshake) entries(w *worker, back Hop, f *flow) (toBackend, toClient *
 	up, down := h.shifts()
 	seen := uint32(w.now >> 20)
 	toBackend = &maps.Entry{
-		To: maps.Tuple{Src: a.source(), Dst: a.backend.Addr},
+		To: maps.Tuple{Src: a.local.AddrPort, Dst: a.backend.Addr},
 		Flow: maps.Flow{
 			Seq: seq, Ack: ack, Tsval: ts, Tsecr: ecr, LastAck: h.cookie + 1, LastSeen: seen,
 			Control: maps.FlowControl(a.hop.Index, up, w.id), Generation: f.generation, Id: a.backend.ID,

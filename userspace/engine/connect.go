@@ -3,7 +3,6 @@
 package engine
 
 import (
-	"net/netip"
 	"slices"
 	"time"
 
@@ -27,8 +26,7 @@ type attempt struct {
 	tried   []*pool.Backend
 	backend *pool.Backend
 	hop     Hop
-	ports   *ports
-	port    uint16
+	local   local
 	isn     uint32 // ours
 	tsval   uint32 // of our SYN
 	begun   int64
@@ -38,10 +36,6 @@ type attempt struct {
 
 	peer    packet.Segment // its SYN-ACK, without payload
 	pending []packet.Segment
-}
-
-func (a *attempt) source() netip.AddrPort {
-	return netip.AddrPortFrom(a.ports.source, a.port)
 }
 
 // connect tries the pool's next backend; when none is left, what no_backend says
@@ -76,22 +70,29 @@ func (h *handshake) open(w *worker) bool {
 		return false
 	}
 	a.hop = hop
-	a.ports = w.portsTo(hop.Source, a.backend.Addr)
-	port, ok := a.ports.take(w.now, lease{handshake: h})
-	if !ok {
-		a.ports = nil
+	if !h.takeLocal(w) {
 		w.stats.connect(a.backend, "no_port")
 		w.log.limited(w.now, "source ports are used up: give the pool more source addresses", "backend", a.backend.Addr)
 		return false
 	}
-	a.port = port
-	a.isn, a.tsval = w.e.numbers(w.now, a.source(), a.backend.Addr)
+	h.number(w)
 	a.begun = w.now
 	a.retry = firstRetry
 	a.ends = min(w.now+int64(h.decision.pool.Config.Timeouts.Attempt), h.deadline)
 	h.phase = connecting
 	h.sendSYN(w)
 	return true
+}
+
+// number chooses our initial sequence number and timestamp. With source: client they
+// are the client's own, which rise towards that tuple as the client takes care.
+func (h *handshake) number(w *worker) {
+	a := &h.attempt
+	if a.local.ports == nil {
+		a.isn, a.tsval = h.hello.Start()-1, h.options.TSVal
+		return
+	}
+	a.isn, a.tsval = w.e.numbers(w.now, a.local.AddrPort, a.backend.Addr)
 }
 
 func (h *handshake) sendSYN(w *worker) {
@@ -106,7 +107,7 @@ func (h *handshake) sendSYN(w *worker) {
 		o.TSVal, o.TSEcr = h.backendClock(w), 0
 	}
 	s := packet.Segment{
-		Src: a.source(), Dst: a.backend.Addr, Seq: a.isn,
+		Src: a.local.AddrPort, Dst: a.backend.Addr, Seq: a.isn,
 		Flags: packet.SYN, Window: windowToClient, Options: o,
 	}
 	w.sendBy(a.hop, &s)
@@ -115,6 +116,9 @@ func (h *handshake) sendSYN(w *worker) {
 
 // backendClock is our TSval on the backend leg now.
 func (h *handshake) backendClock(w *worker) uint32 {
+	if h.attempt.local.ports == nil {
+		return h.options.TSVal
+	}
 	return h.attempt.tsval + uint32((w.now-h.attempt.begun)/int64(time.Millisecond))
 }
 
@@ -127,6 +131,10 @@ func (h *handshake) retryAt(w *worker) {
 func (h *handshake) expireAttempt(w *worker) {
 	switch {
 	case w.now >= h.attempt.ends:
+		if h.phase == connecting && h.attempt.local.ports == nil {
+			w.log.limited(w.now, "no answer by this node: with source: client a backend's route to clients must lead through it",
+				"backend", h.attempt.backend.Addr, "client", h.client)
+		}
 		h.fail(w, "timeout")
 	case h.phase == pushing:
 		h.push(w)
@@ -145,22 +153,21 @@ func (h *handshake) fail(w *worker, result string) {
 // release gives the port back. A backend that answered may still send: it is told.
 func (h *handshake) release(w *worker, abort bool) {
 	a := &h.attempt
-	if a.ports == nil {
+	if !a.local.IsValid() {
 		return
 	}
 	if abort && h.phase == pushing {
 		s := h.toBackend(w, packet.RST|packet.ACK, 0, nil)
 		w.sendBy(a.hop, &s)
 	}
-	a.ports.give(w.now, a.port, true)
-	a.ports = nil
+	h.giveUpLocal(w)
 }
 
 // toBackend is a segment of ours on the backend leg, offset bytes into the stream.
 func (h *handshake) toBackend(w *worker, flags uint8, offset int, payload []byte) packet.Segment {
 	a := &h.attempt
 	s := packet.Segment{
-		Src: a.source(), Dst: a.backend.Addr,
+		Src: a.local.AddrPort, Dst: a.backend.Addr,
 		Seq: a.isn + 1 + uint32(offset), Ack: a.peer.Seq + 1,
 		Flags: flags, Window: h.window, Payload: payload,
 	}
@@ -192,13 +199,13 @@ func (h *handshake) backendSegment(w *worker, s *packet.Segment) {
 
 // challenged: an ACK in answer to our SYN is of a connection the backend still
 // holds in TIME_WAIT. It is reset at the number it asks for, without timestamps
-// (whose clock would be too old), and another port is tried.
+// (whose clock would be too old), and another port is tried; with source: client the
+// same one again.
 func (h *handshake) challenged(w *worker, s *packet.Segment) {
 	a := &h.attempt
 	w.reset(s)
 	w.stats.connect(a.backend, "port_busy")
-	a.ports.give(w.now, a.port, true)
-	a.ports = nil
+	h.giveUpLocal(w)
 	ends := a.ends
 	if a.busy++; a.busy > busyTries || !h.open(w) {
 		h.connect(w)

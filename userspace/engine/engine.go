@@ -47,8 +47,10 @@ type Options struct {
 	NextHopWithin func(addr netip.Addr, mtu int) (Hop, error)
 	// MSS is what SYN-ACKs announce, in bytes.
 	MSS                             func() (mss4, mss6 uint16)
-	SourcePortFirst, SourcePortLast uint16 // both included
-	Log                             *slog.Logger
+	SourcePortFirst, SourcePortLast uint16 // both included: the kernel programs' range
+	// SourcePortsOwn is the part of it for pools that name none, first and last.
+	SourcePortsOwn [2]uint16
+	Log            *slog.Logger
 }
 
 // Engine runs the workers. Make one with New.

@@ -4,7 +4,6 @@ package engine
 
 import (
 	"errors"
-	"net/netip"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -31,9 +30,8 @@ type flow struct {
 	cookie     uint32
 	generation uint16
 	routeID    uint16 // index of the route plus 1; 0: no route
-	port       uint16
+	local      local
 	mss        int // payload of a segment that both ways take
-	ports      *ports
 	backend    *pool.Backend
 	route, sni string
 	bound      int64
@@ -58,9 +56,8 @@ func newFlow(h *handshake, generation uint16) *flow {
 		connection: h.connection,
 		cookie:     h.cookie,
 		generation: generation,
-		port:       a.port,
+		local:      a.local,
 		mss:        min(h.segmentSize(), segmentSize(h.options.MSS, a.hop.MTU, h.client.Addr().Is4(), h.options.HasTimestamps)),
-		ports:      a.ports,
 		backend:    a.backend,
 		route:      h.decision.routeName(),
 		sni:        h.sni,
@@ -79,7 +76,7 @@ func (f *flow) clientTuple() maps.Tuple {
 }
 
 func (f *flow) backendTuple() maps.Tuple {
-	return maps.Tuple{Src: f.backend.Addr, Dst: netip.AddrPortFrom(f.ports.source, f.port)}
+	return maps.Tuple{Src: f.backend.Addr, Dst: f.local.AddrPort}
 }
 
 // closingSegment is the first FIN or RST of one side, as that side sent it.
@@ -206,6 +203,14 @@ func (f *flow) read(w *worker) (up, down *maps.Entry, err error) {
 	return &u, &d, nil
 }
 
+// stands reports whether the client's entry is there. It is not once a SYN has found
+// the flow closed; the new connection may have the old one's cookie, which within a
+// slot depends on the tuple alone.
+func (f *flow) stands(w *worker) bool {
+	up, err := w.e.o.Tables.LookupFlow(maps.LegClient, f.clientTuple())
+	return err == nil && f.owns(&up)
+}
+
 // owns reports whether the client's entry is of this flow and not of a later one
 // from the same client port.
 func (f *flow) owns(up *maps.Entry) bool {
@@ -217,7 +222,7 @@ func (f *flow) owns(up *maps.Entry) bool {
 func (f *flow) tellBoth(w *worker, up, down *maps.Entry) {
 	toClient := packet.Segment{Src: f.listener, Dst: f.client, Seq: up.Flow.LastAck, Flags: packet.RST}
 	toBackend := packet.Segment{
-		Src: netip.AddrPortFrom(f.ports.source, f.port), Dst: f.backend.Addr,
+		Src: f.local.AddrPort, Dst: f.backend.Addr,
 		Seq: down.Flow.LastAck, Flags: packet.RST,
 	}
 	w.send(&toClient)
@@ -239,7 +244,7 @@ func (f *flow) remove(w *worker, reason string) {
 		w.log.limited(w.now, "flow not removed", "error", err)
 	}
 	w.timers.set(&f.timer, 0)
-	f.ports.give(w.now, f.port, f.closing != nil && f.closing.backendFirst)
+	w.giveLocal(f.local, f.backend.Addr, f.closing != nil && f.closing.backendFirst)
 	if w.flows[f.connection] == f {
 		delete(w.flows, f.connection)
 	}

@@ -114,6 +114,16 @@ func cookieOptions(cookie uint32, v4 bool) packet.Options {
 // end is the sequence number the engine waits for.
 func (h *handshake) end() uint32 { return h.hello.Start() + uint32(len(h.hello.Bytes())) }
 
+// begunAnew reports whether a segment is of a later connection with the same cookie,
+// of which the kernel has answered the SYN: a hello that begins behind a gap.
+func (h *handshake) begunAnew(s *packet.Segment) bool {
+	next := h.refusedAt
+	if h.phase != refused {
+		next = h.end()
+	}
+	return int32(s.Seq-next) > 0 && hello.LooksLike(s.Payload) == nil
+}
+
 // add takes a segment with data, FIN or both.
 func (h *handshake) add(w *worker, s *packet.Segment) {
 	if h.phase == refused {

@@ -17,6 +17,8 @@ type Plan struct {
 	config *config.Config
 	routes *route.Table
 	pools  *pool.Set
+
+	sourceClient bool // some pool has it
 }
 
 // NewPlan prepares a configuration. Backends that old has keep their ids; old may
@@ -30,7 +32,11 @@ func NewPlan(c *config.Config, old *Plan) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Plan{config: c, routes: route.New(c), pools: pools}, nil
+	p := &Plan{config: c, routes: route.New(c), pools: pools}
+	for _, some := range c.Pools {
+		p.sourceClient = p.sourceClient || some.Source.Client
+	}
+	return p, nil
 }
 
 // Backends lists the addresses of all backends, each once.

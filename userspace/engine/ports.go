@@ -11,20 +11,20 @@ import (
 // holds the tuple in TIME_WAIT for as long (RFC 9293 3.6.1, 60 s on Linux).
 const restAfterClose = 60 * time.Second
 
-// pathKey is a source address of ours that speaks to a backend.
+// pathKey is a source address of ours that speaks to a backend, from ports of a
+// range; first and last are 0 for the instance's own.
 type pathKey struct {
-	source  netip.Addr
-	backend netip.AddrPort
+	source      netip.Addr
+	backend     netip.AddrPort
+	first, last uint16
 }
 
 // ports are one worker's source ports towards one backend: every step-th of the
 // range, so that the kernel can tell the worker from the port.
 type ports struct {
-	pathKey
 	next, last, step int // never used yet: next, next+step ... last
 	free             queue[uint16]
 	resting          queue[rest]
-	leases           map[uint16]lease
 }
 
 type rest struct {
@@ -32,26 +32,34 @@ type rest struct {
 	until int64
 }
 
-// lease is who has a port: a handshake, later the flow it became.
-type lease struct {
-	handshake *handshake
-	flow      *flow
-}
-
-func newPorts(key pathKey, first, last uint16, worker, workers int) *ports {
-	return &ports{
-		pathKey: key,
-		next:    int(first) + worker,
-		last:    int(last),
-		step:    workers,
-		leases:  make(map[uint16]lease),
-	}
+// newPorts takes a worker's share of the ports from first to last, which lie in the
+// instance's range; that begins at base, with worker 0.
+func newPorts(base, first, last uint16, worker, workers int) *ports {
+	ahead := (worker - int(first-base)%workers + workers) % workers
+	return &ports{next: int(first) + ahead, last: int(last), step: workers}
 }
 
 // take returns the port that has been unused the longest. When only resting ones
 // are left, the one that rested longest: our numbers rise, so most backends take
-// it. Returns false when all are in use.
-func (p *ports) take(now int64, l lease) (uint16, bool) {
+// it. inUse says of a port whether somebody has it by another range. Returns false
+// when all are in use.
+func (p *ports) take(now int64, inUse func(uint16) bool) (uint16, bool) {
+	var busy []uint16
+	defer func() {
+		for _, port := range busy {
+			p.free.push(port)
+		}
+	}()
+	for {
+		port, ok := p.oldest(now)
+		if !ok || !inUse(port) {
+			return port, ok
+		}
+		busy = append(busy, port)
+	}
+}
+
+func (p *ports) oldest(now int64) (uint16, bool) {
 	for {
 		r, ok := p.resting.first()
 		if !ok || r.until > now {
@@ -71,13 +79,11 @@ func (p *ports) take(now int64, l lease) (uint16, bool) {
 	} else {
 		return 0, false
 	}
-	p.leases[port] = l
 	return port, true
 }
 
 // give returns a port, which rests if asked to.
 func (p *ports) give(now int64, port uint16, resting bool) {
-	delete(p.leases, port)
 	if resting {
 		p.resting.push(rest{port, now + int64(restAfterClose)})
 		return

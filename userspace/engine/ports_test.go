@@ -3,23 +3,19 @@
 package engine
 
 import (
-	"net/netip"
 	"testing"
 	"time"
 )
 
-var testPath = pathKey{
-	source:  netip.MustParseAddr("198.51.100.1"),
-	backend: netip.MustParseAddrPort("198.51.100.11:443"),
-}
+func unused(uint16) bool { return false }
 
 // Two workers share a range without ever meeting at a port.
 func TestPortsAreSplitBetweenWorkers(t *testing.T) {
 	seen := make(map[uint16]int)
 	for worker := range 2 {
-		p := newPorts(testPath, 10000, 10010, worker, 2)
+		p := newPorts(10000, 10000, 10010, worker, 2)
 		for {
-			port, ok := p.take(0, lease{})
+			port, ok := p.take(0, unused)
 			if !ok {
 				break
 			}
@@ -40,17 +36,17 @@ func TestPortsAreSplitBetweenWorkers(t *testing.T) {
 }
 
 func TestPortsOldestFirst(t *testing.T) {
-	p := newPorts(testPath, 10000, 10002, 0, 1)
+	p := newPorts(10000, 10000, 10002, 0, 1)
 	take := func(now time.Duration) uint16 {
 		t.Helper()
-		port, ok := p.take(int64(now), lease{})
+		port, ok := p.take(int64(now), unused)
 		if !ok {
 			t.Fatal("no port")
 		}
 		return port
 	}
 	first, second, third := take(0), take(0), take(0)
-	if _, ok := p.take(0, lease{}); ok {
+	if _, ok := p.take(0, unused); ok {
 		t.Fatal("a fourth port of three")
 	}
 	p.give(0, second, false)
@@ -84,5 +80,42 @@ func TestQueueGivesMemoryBack(t *testing.T) {
 	}
 	if cap(q.items) > 1024 {
 		t.Errorf("%d items are kept for an empty queue", cap(q.items))
+	}
+}
+
+// A pool's own range begins anywhere in the instance's, and each worker keeps to the
+// ports whose packets reach it.
+func TestPortsOfAPartOfTheRange(t *testing.T) {
+	const base, workers = 10000, 3
+	for first := uint16(10000); first < 10007; first++ {
+		seen := 0
+		for worker := range workers {
+			p := newPorts(base, first, 10008, worker, workers)
+			for port, ok := p.take(0, unused); ok; port, ok = p.take(0, unused) {
+				if seen++; int(port-base)%workers != worker || port < first || port > 10008 {
+					t.Errorf("range from %d: worker %d has port %d", first, worker, port)
+				}
+			}
+		}
+		if seen != int(10009-first) {
+			t.Errorf("range from %d: %d ports", first, seen)
+		}
+	}
+}
+
+// What somebody else has by another range is passed over and not lost.
+func TestPortsInUse(t *testing.T) {
+	p := newPorts(10000, 10000, 10003, 0, 1)
+	port, ok := p.take(0, func(port uint16) bool { return port < 10002 })
+	if !ok || port != 10002 {
+		t.Fatalf("port %d, %v", port, ok)
+	}
+	for _, want := range []uint16{10003, 10000, 10001} {
+		if port, ok := p.take(0, unused); !ok || port != want {
+			t.Errorf("port %d, %v, want %d", port, ok, want)
+		}
+	}
+	if _, ok := p.take(0, unused); ok {
+		t.Error("a fifth port of four")
 	}
 }

@@ -42,7 +42,9 @@ type worker struct {
 	handshakes map[connection]*handshake
 	flows      map[connection]*flow
 	paths      map[pathKey]*ports
-	refused    int // of handshakes, those in that phase
+	leases     map[maps.Tuple]lease // by what a backend's packets show
+	rotation   int                  // over a pool's source addresses
+	refused    int                  // of handshakes, those in that phase
 	generation uint16
 	frame      []byte
 	stats      stats
@@ -55,6 +57,7 @@ func newWorker(e *Engine, id int, ring *ringbuf.Reader, queue io.Writer) *worker
 		handshakes: make(map[connection]*handshake),
 		flows:      make(map[connection]*flow),
 		paths:      make(map[pathKey]*ports),
+		leases:     make(map[maps.Tuple]lease),
 		log:        limiter{log: e.o.Log},
 		stats:      newStats(),
 	}
@@ -160,7 +163,7 @@ func readEventHeader(raw []byte) maps.EventHeader {
 func (w *worker) clientSegment(listener int, s *packet.Segment) {
 	c := connection{client: s.Src, listener: s.Dst}
 	cookie := s.Ack - 1
-	if f := w.flows[c]; f != nil && f.cookie == cookie {
+	if f := w.flows[c]; f != nil && f.cookie == cookie && f.stands(w) {
 		// It was queued while its connection was bound.
 		w.stats.late++
 		w.replay(maps.LegClient, *s, f.mss)
@@ -168,7 +171,7 @@ func (w *worker) clientSegment(listener int, s *packet.Segment) {
 	}
 	h := w.handshakes[c]
 	switch {
-	case h != nil && h.cookie != cookie:
+	case h != nil && (h.cookie != cookie || h.begunAnew(s)):
 		// A new connection from the same port; the old one is over.
 		w.drop(h)
 		h = nil
@@ -233,14 +236,6 @@ func (w *worker) backendSegment(s *packet.Segment) {
 	}
 }
 
-// leaseOf returns who speaks to a backend from an address of ours.
-func (w *worker) leaseOf(backend, ours netip.AddrPort) lease {
-	if p := w.paths[pathKey{source: ours.Addr(), backend: backend}]; p != nil {
-		return p.leases[ours.Port()]
-	}
-	return lease{}
-}
-
 // ackAgain answers a SYN-ACK that came again because the hello, which carried its
 // acknowledgment, was lost.
 func (w *worker) ackAgain(s *packet.Segment) {
@@ -252,12 +247,15 @@ func (w *worker) ackAgain(s *packet.Segment) {
 	w.send(&r)
 }
 
-// portsTo returns this worker's ports from source to backend.
-func (w *worker) portsTo(source netip.Addr, backend netip.AddrPort) *ports {
-	key := pathKey{source: source, backend: backend}
+// portsTo returns this worker's ports of a path.
+func (w *worker) portsTo(key pathKey) *ports {
 	p := w.paths[key]
 	if p == nil {
-		p = newPorts(key, w.e.o.SourcePortFirst, w.e.o.SourcePortLast, w.id, len(w.e.workers))
+		first, last := w.e.o.SourcePortsOwn[0], w.e.o.SourcePortsOwn[1]
+		if key.first != 0 {
+			first, last = key.first, key.last
+		}
+		p = newPorts(w.e.o.SourcePortFirst, first, last, w.id, len(w.e.workers))
 		w.paths[key] = p
 	}
 	return p

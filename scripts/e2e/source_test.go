@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"snilb/scripts/testbed"
+)
+
+// sourceRoutes is siteRoutes with a setting for the pools one and two.
+func sourceRoutes(bed *testbed.Bed, source string, lines ...string) string {
+	return "version: 1\n" + strings.Join(append(lines, ""), "\n") + `listen: [":443"]
+pools:
+` + pool(bed, "one", "source: "+source, 1) + pool(bed, "two", "source: "+source, 2) + `routes:
+  - {sni: a.example.com, pool: one}
+  - {sni: b.example.com, pool: two}
+`
+}
+
+// seenFrom asks over c who the backend thinks its client is.
+func seenFrom(t *testing.T, c net.Conn, backend string) netip.AddrPort {
+	t.Helper()
+	got, err := whoami(c)
+	wantBody(t, got, err, backend, "a.example.com")
+	fields := strings.Fields(got)
+	addr, err := netip.ParseAddrPort(fields[len(fields)-1])
+	must(t, err)
+	return addr
+}
+
+// TestSourceClient has backends see the client's own address and port: their default route leads through the balancer.
+func TestSourceClient(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, sourceRoutes(bed, "client"))
+	families(t, func(t *testing.T, v6 bool) {
+		for range 20 {
+			c := dialTLS(t, bed, vip(bed, v6), "a.example.com")
+			if got := seenFrom(t, c, "b1"); got.String() != c.LocalAddr().String() {
+				t.Errorf("the backend saw %s, the client is %s", got, c.LocalAddr())
+			}
+			must(t, c.Close())
+		}
+		download(t, bed, vip(bed, v6), "a.example.com")
+		upload(t, bed, vip(bed, v6), "b.example.com")
+		t.Run("same-port", func(t *testing.T) { samePort(t, bed, vip(bed, v6)) })
+		t.Run("pieces", func(t *testing.T) {
+			c, err := dialTCP(t, bed, vip(bed, v6))
+			must(t, err)
+			split := &splitter{Conn: c, size: 100, pause: 60 * time.Millisecond}
+			got, err := whoami(handshake(t, split, classic("a.example.com")))
+			wantBody(t, got, err, "b1", "a.example.com")
+		})
+	})
+	d.noFlows(15 * time.Second)
+}
+
+// samePort connects from one port again and again, whichever side closes first: the tuple is the client's, and no other
+// can be taken instead.
+func samePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
+	must(t, bed.Client.Sysctl("ipv4/tcp_tw_reuse", "1"))
+	for round := range 6 {
+		c, err := dialFrom(bed, target, 7777)
+		must(t, err)
+		s := handshake(t, c, classic("a.example.com"))
+		if got := seenFrom(t, s, "b1"); got.Port() != 7777 {
+			t.Errorf("round %d: the backend saw %s", round, got)
+		}
+		if round%2 == 0 {
+			must(t, c.(*net.TCPConn).SetLinger(0)) // RST, which leaves no TIME_WAIT here
+			must(t, c.Close())
+			continue
+		}
+		// The backend closes first and holds the TIME_WAIT.
+		_, err = fmt.Fprint(s, "GET / HTTP/1.1\r\nHost: backend\r\nConnection: close\r\n\r\n")
+		must(t, err)
+		for buf := make([]byte, 4096); err == nil; {
+			_, err = c.Read(buf)
+		}
+		must(t, c.Close())
+	}
+}
+
+// dialFrom connects from a port of one's own choice.
+func dialFrom(bed *testbed.Bed, target netip.AddrPort, port int) (net.Conn, error) {
+	d := &net.Dialer{Timeout: clientTimeout, LocalAddr: &net.TCPAddr{Port: port}, Control: func(_, _ string, raw syscall.RawConn) error {
+		var err error
+		if ctl := raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1) }); ctl != nil {
+			return ctl
+		}
+		return err
+	}}
+	return bed.Client.DialWith(context.Background(), d, "tcp", target.String())
+}
+
+// TestSourceClientDirect has a client speak to a backend directly, past the listeners, while the balancer speaks to it from
+// that client's address: what is not ours goes its own way.
+func TestSourceClientDirect(t *testing.T) {
+	bed := newBed(t, testbed.Options{Forward: true})
+	startBackends(t, bed)
+	attach(t, bed, sourceRoutes(bed, "client"))
+	families(t, func(t *testing.T, v6 bool) {
+		through := dialTLS(t, bed, vip(bed, v6), "a.example.com")
+		direct := dialTLS(t, bed, at(bed, 1, v6, 443), "a.example.com")
+		for range 3 {
+			for _, c := range []net.Conn{through, direct} {
+				if got := seenFrom(t, c, "b1"); got.String() != c.LocalAddr().String() {
+					t.Errorf("the backend saw %s, the client is %s", got, c.LocalAddr())
+				}
+			}
+		}
+	})
+}
+
+// TestSourceClientNoWayBack takes the backends' route through the balancer away: nothing answers, and the log says why.
+func TestSourceClientNoWayBack(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, sourceRoutes(bed, "client", "timeouts: {connect: 1s, attempt: 500ms}"))
+	out, err := bed.Backend.Command(t.Context(), "ip", "route", "replace", "blackhole", "default").CombinedOutput()
+	if err != nil {
+		t.Fatalf("ip route: %v\n%s", err, out)
+	}
+	out, err = bed.Backend.Command(t.Context(), "ip", "route", "del", "default", "dev", "eth0").CombinedOutput()
+	if err != nil {
+		t.Fatalf("ip route: %v\n%s", err, out)
+	}
+	if _, err := goClient(t, bed, vip(bed, false), "a.example.com"); err == nil {
+		t.Error("an answer without a way back")
+	}
+	if !strings.Contains(d.stderr.String(), "route to clients must lead through it") {
+		t.Error("the log does not say what is missing")
+	}
+}
+
+// TestSourceAddresses gives pools addresses and ports of their own, on the balancer's loopback device.
+func TestSourceAddresses(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	for _, addr := range []string{"203.0.113.5/32", "203.0.113.6/32", "2001:db8:3::5/128", "2001:db8:3::6/128"} {
+		if out, err := bed.LB.Command(t.Context(), "ip", "addr", "add", addr, "dev", "lo").CombinedOutput(); err != nil {
+			t.Fatalf("ip addr: %v\n%s", err, out)
+		}
+	}
+	d := attach(t, bed, sourceRoutes(bed, `{addresses: [203.0.113.5, 203.0.113.6, "2001:db8:3::5", "2001:db8:3::6"], ports: "9000-9099"}`))
+	families(t, func(t *testing.T, v6 bool) {
+		seen := map[netip.Addr]int{}
+		for range 40 {
+			c := dialTLS(t, bed, vip(bed, v6), "a.example.com")
+			got := seenFrom(t, c, "b1")
+			seen[got.Addr()]++
+			if got.Port() < 9000 || got.Port() > 9099 {
+				t.Errorf("source %s", got)
+			}
+			must(t, c.Close())
+		}
+		want := []netip.Addr{netip.MustParseAddr("203.0.113.5"), netip.MustParseAddr("203.0.113.6")}
+		if v6 {
+			want = []netip.Addr{netip.MustParseAddr("2001:db8:3::5"), netip.MustParseAddr("2001:db8:3::6")}
+		}
+		if len(seen) != 2 || seen[want[0]] < 5 || seen[want[1]] < 5 {
+			t.Errorf("connections by source: %v", seen)
+		}
+	})
+	d.stop(syscall.SIGTERM)
+	refused := start(t, bed, instanceName(), bed.Uplinks, sourceRoutes(bed, `{addresses: [203.0.113.77]}`))
+	<-refused.exited
+	if refused.err == nil || !strings.Contains(refused.stderr.String(), "203.0.113.77 is no address of this node") {
+		t.Errorf("a source address of somebody else: %v", refused.err)
+	}
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"errors"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+
+	"snilb/maps"
+)
+
+// local is our side of one connection to a backend: an address and a port of ours,
+// or, with source: client, the client's own. The zero value is none.
+type local struct {
+	netip.AddrPort
+	ports *ports // where the port belongs; nil with source: client
+}
+
+// lease is who has a local: a handshake, later the flow it became.
+type lease struct {
+	handshake *handshake
+	flow      *flow
+}
+
+// leaseOf returns who speaks to a backend from an address of ours.
+func (w *worker) leaseOf(backend, ours netip.AddrPort) lease {
+	return w.leases[maps.Tuple{Src: backend, Dst: ours}]
+}
+
+// takeLocal gives the attempt an address and port. Returns false when all that the
+// pool may use are taken.
+func (h *handshake) takeLocal(w *worker) bool {
+	a := &h.attempt
+	source := &h.decision.pool.Config.Source
+	if source.Client {
+		return h.borrowClient(w)
+	}
+	addrs := source.Of(h.client.Addr().Is4())
+	if len(addrs) == 0 {
+		addrs = []netip.Addr{a.hop.Source}
+	}
+	w.rotation++
+	for i := range addrs {
+		addr := addrs[(w.rotation+i)%len(addrs)]
+		p := w.portsTo(pathKey{addr, a.backend.Addr, source.PortFirst, source.PortLast})
+		port, ok := p.take(w.now, func(port uint16) bool {
+			return w.leaseOf(a.backend.Addr, netip.AddrPortFrom(addr, port)) != (lease{})
+		})
+		if ok {
+			a.local = local{netip.AddrPortFrom(addr, port), p}
+			w.leases[maps.Tuple{Src: a.backend.Addr, Dst: a.local.AddrPort}] = lease{handshake: h}
+			return true
+		}
+	}
+	return false
+}
+
+// borrowClient takes the client's own address and port. No range of ports tells the
+// kernel that the backend's answers are ours, so an entry does, until the bind puts
+// the flow's in its place.
+func (h *handshake) borrowClient(w *worker) bool {
+	a := &h.attempt
+	if old := w.flows[h.connection]; old != nil {
+		old.remove(w, "replaced") // a SYN found it closed, or there would be no hello
+	}
+	tuple := maps.Tuple{Src: a.backend.Addr, Dst: h.connection.client}
+	pending := maps.Entry{To: tuple, Flow: maps.Flow{Control: maps.FlowControl(0, 0, w.id) | maps.FlowPending}}
+	err := w.e.o.Tables.InsertFlow(maps.LegBackend, tuple, &pending)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		return false // this client's port speaks to this backend by another listener
+	}
+	if err != nil {
+		w.log.limited(w.now, "no entry for a connection to a backend", "backend", a.backend.Addr, "error", err)
+		return false
+	}
+	a.local = local{AddrPort: h.connection.client}
+	w.leases[tuple] = lease{handshake: h}
+	return true
+}
+
+// giveLocal gives an address and port back; resting says that the backend may hold
+// the tuple in TIME_WAIT.
+func (w *worker) giveLocal(l local, backend netip.AddrPort, resting bool) {
+	delete(w.leases, maps.Tuple{Src: backend, Dst: l.AddrPort})
+	if l.ports != nil {
+		l.ports.give(w.now, l.Port(), resting)
+	}
+}
+
+// giveUpLocal is giveLocal for a handshake that does not become a flow.
+func (h *handshake) giveUpLocal(w *worker) {
+	a := &h.attempt
+	if !a.local.IsValid() {
+		return
+	}
+	w.giveLocal(a.local, a.backend.Addr, true)
+	if a.local.ports == nil {
+		tuple := maps.Tuple{Src: a.backend.Addr, Dst: a.local.AddrPort}
+		if err := w.e.o.Tables.DeleteFlow(maps.LegBackend, tuple); err != nil {
+			w.log.limited(w.now, "pending entry not removed", "error", err)
+		}
+	}
+	a.local = local{}
+}
