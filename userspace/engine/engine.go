@@ -59,7 +59,7 @@ type Engine struct {
 	plan    atomic.Pointer[Plan]
 	sources sources
 	flows   atomic.Int64 // bound now
-	held    atomic.Int64 // bytes of incomplete hellos
+	held    atomic.Int64 // bytes that handshakes hold, themselves included
 	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
 }
 
