@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -69,6 +70,7 @@ func attachFlags() []cli.Flag {
 		&cli.DurationFlag{Name: "drain-timeout", Usage: "how long connections may go on after TERM, as `DURATION`", Value: defaultDrainTimeout},
 		&cli.StringFlag{Name: "log-format", Usage: "`FORMAT`: text or json", Value: "text"},
 		&cli.IntFlag{Name: "workers", Hidden: true, Value: min(runtime.NumCPU(), defaultMaxWorkers)},
+		&cli.StringFlag{Name: "source-ports", Hidden: true, Value: fmt.Sprintf("%d-%d", loader.DefaultSourcePortFirst, loader.DefaultSourcePortLast)},
 		// Part of the contract, but not built yet.
 		&cli.BoolFlag{Name: "watch", Hidden: true},
 		&cli.StringFlag{Name: "metrics", Hidden: true},
@@ -89,6 +91,8 @@ type attachOptions struct {
 	drainTimeout time.Duration
 	jsonLogs     bool
 	workers      int
+	// Both included.
+	sourcePortFirst, sourcePortLast uint16
 }
 
 func readAttachOptions(c *cli.Context) (attachOptions, error) {
@@ -109,6 +113,9 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 	if o.interfaces, err = readInterfaces(c.Args().Slice()); err != nil {
 		return o, err
 	}
+	if o.sourcePortFirst, o.sourcePortLast, err = readPorts(c.String("source-ports")); err != nil {
+		return o, fmt.Errorf("--source-ports: %w", err)
+	}
 	if _, err := loader.SocketPath(o.name); err != nil {
 		return o, fmt.Errorf("--name: %w", err)
 	}
@@ -125,8 +132,21 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		return o, fmt.Errorf("--log-format %q: use text or json", c.String("log-format"))
 	case o.workers < 1 || o.workers > maps.MaxWorkers:
 		return o, fmt.Errorf("--workers %d: use 1 to %d", o.workers, maps.MaxWorkers)
+	case int(o.sourcePortLast)-int(o.sourcePortFirst)+1 < o.workers:
+		return o, fmt.Errorf("--source-ports %s: each of the %d workers needs one of its own", c.String("source-ports"), o.workers)
 	}
 	return o, nil
+}
+
+// readPorts reads FIRST-LAST.
+func readPorts(words string) (first, last uint16, err error) {
+	from, to, _ := strings.Cut(words, "-")
+	a, errA := strconv.ParseUint(from, 10, 16)
+	b, errB := strconv.ParseUint(to, 10, 16)
+	if errA != nil || errB != nil || a == 0 || b < a {
+		return 0, 0, fmt.Errorf("%q: use FIRST-LAST, such as 10000-29999", words)
+	}
+	return uint16(a), uint16(b), nil
 }
 
 // refuseUnsupported refuses what the contract has and this build does not.

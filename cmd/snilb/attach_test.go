@@ -30,16 +30,17 @@ func parseAttach(t *testing.T, line string) (o attachOptions, errText string) {
 }
 
 func TestAttachOptions(t *testing.T) {
-	o, errText := parseAttach(t, "eth0 eth1=tc --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --mode tc --on-exit detach --on-dead pass")
+	o, errText := parseAttach(t, "eth0 eth1=tc --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --source-ports 5000-5010 --mode tc --on-exit detach --on-dead pass")
 	want := attachOptions{
 		interfaces: []string{"eth0", "eth1"}, routes: "r.yaml", name: "edge", socket: "/x.sock", order: loader.OrderLast,
-		deadAfter: 4 * time.Second, jsonLogs: true, workers: 3,
+		deadAfter: 4 * time.Second, jsonLogs: true, workers: 3, sourcePortFirst: 5000, sourcePortLast: 5010,
 	}
 	if d := cmp.Diff(want, o, cmp.AllowUnexported(attachOptions{})); d != "" || errText != "" {
 		t.Errorf("%s, -want +got:\n%s", errText, d)
 	}
 	o, errText = parseAttach(t, "eth0 --routes r.yaml")
-	if errText != "" || o.name != loader.DefaultName || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.workers < 1 || o.workers > 8 {
+	if errText != "" || o.name != loader.DefaultName || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.workers < 1 || o.workers > 8 ||
+		o.sourcePortFirst != loader.DefaultSourcePortFirst || o.sourcePortLast != loader.DefaultSourcePortLast {
 		t.Errorf("the defaults: %+v, %s", o, errText)
 	}
 }
@@ -67,6 +68,13 @@ func TestAttachRefuses(t *testing.T) {
 		"eth0 --routes r --dead-after 9":   "invalid value",
 		"eth0 --routes r --log-format xml": `--log-format "xml"`,
 		"eth0 --routes r --workers 65":     "--workers 65: use 1 to 64",
+
+		"eth0 --routes r --source-ports 10":                "--source-ports: \"10\": use FIRST-LAST",
+		"eth0 --routes r --source-ports 0-9":               "use FIRST-LAST",
+		"eth0 --routes r --source-ports 9-8":               "use FIRST-LAST",
+		"eth0 --routes r --source-ports 9-65536":           "use FIRST-LAST",
+		"eth0 --routes r --source-ports 9-a":               "use FIRST-LAST",
+		"eth0 --routes r --workers 3 --source-ports 10-11": "each of the 3 workers",
 	} {
 		if _, errText := parseAttach(t, line); !strings.Contains(errText, want) {
 			t.Errorf("%s: %q, want %q", line, errText, want)
