@@ -40,7 +40,7 @@ type server struct {
 	engine   *engine.Engine
 	socket   net.Listener
 
-	// failed holds what ended one of the parts that run; each of the three writes once.
+	// failed holds what ended one of the parts that run; each of the four writes once.
 	failed chan error
 	asked  chan struct{} // holds the wish of `snilb detach`
 
@@ -52,7 +52,7 @@ type server struct {
 func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out io.Writer) (err error) {
 	s := &server{
 		o: o, config: c, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
-		failed: make(chan error, 3), asked: make(chan struct{}, 1),
+		failed: make(chan error, 4), asked: make(chan struct{}, 1),
 	}
 	for _, w := range c.Warnings {
 		s.log.Warn(w.What, "at", w.Position.String(), "remedy", w.Remedy)
@@ -172,6 +172,7 @@ func (s *server) run(signals <-chan os.Signal) error {
 	// All before Attach: no packet may meet a daemon that is not there.
 	start(s.engine.Run)
 	start(s.instance.Run)
+	start(s.watchPressure)
 	start(func(ctx context.Context) error { return api.Serve(ctx, s.socket, s.handlers(), s.log) })
 	if err := s.instance.Attach(); err != nil {
 		return fmt.Errorf("attach: %w", err)

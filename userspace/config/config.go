@@ -117,9 +117,11 @@ type Timeouts struct {
 
 // Limits bound what strangers can make us hold.
 type Limits struct {
-	Flows           int   // Size of the flow table, in connections.
-	HelloMemory     int64 // Bytes of incomplete hellos.
-	HellosPerSource int   // Incomplete hellos of one address. 0 means no limit.
+	Flows int // Size of the flow table, in connections.
+	// HelloMemory is the bytes that connections without a backend may hold together,
+	// 2 KiB for each beside its hello. A hello more a worker may be on top.
+	HelloMemory     int64
+	HellosPerSource int // Incomplete hellos of one address. 0 means no limit.
 }
 
 // Balance is the way a pool picks a backend.

@@ -6,6 +6,7 @@ import (
 	"errors"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"snilb/maps"
 	"snilb/userspace/config"
@@ -23,8 +24,7 @@ func (h *handshake) bind(w *worker) {
 		h.abandon(w, "no_route_to_client")
 		return
 	case w.e.flows.Load() >= int64(limit):
-		w.log.limited(w.now, "flow table is full: raise limits.flows", "flows", limit)
-		h.abandon(w, "flow_table_full")
+		h.abandonFull(w, limit)
 		return
 	}
 	if old := w.flows[h.connection]; old != nil {
@@ -34,6 +34,10 @@ func (h *handshake) bind(w *worker) {
 	f := newFlow(h, w.generation)
 	toBackend, toClient := h.entries(w, back, f)
 	if err := w.insert(f, toBackend, toClient); err != nil {
+		if errors.Is(err, unix.E2BIG) {
+			h.abandonFull(w, limit)
+			return
+		}
 		result := "map_error"
 		if errors.Is(err, ebpf.ErrKeyExist) {
 			result = "duplicate"
@@ -64,6 +68,11 @@ func (w *worker) insert(f *flow, toBackend, toClient *maps.Entry) error {
 		return errors.Join(err, t.DeleteFlow(maps.LegBackend, f.backendTuple()))
 	}
 	return nil
+}
+
+func (h *handshake) abandonFull(w *worker, limit int) {
+	w.log.limited(w.now, "flow table is full: raise limits.flows", "flows", limit)
+	h.abandon(w, "flow_table_full")
 }
 
 // abandon resets both legs of a connection that cannot be bound.

@@ -295,10 +295,11 @@ func (h *handshake) push(w *worker) {
 // answer, which waits for the bind.
 func (h *handshake) pushed(w *worker, s *packet.Segment) {
 	a := &h.attempt
-	if len(s.Payload) > 0 && s.Missing == 0 && len(a.pending) < maxPending {
+	if len(s.Payload) > 0 && s.Missing == 0 && len(a.pending) < maxPending && !w.memoryIsFull() {
 		kept := *s
 		kept.Payload = append([]byte(nil), s.Payload...)
 		a.pending = append(a.pending, kept)
+		h.account(w)
 	}
 	if int32(s.Ack-(a.isn+1+uint32(h.acked))) >= 0 {
 		h.bind(w)

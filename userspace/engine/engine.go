@@ -65,7 +65,7 @@ type Engine struct {
 	sources sources
 	peers   peers
 	flows   atomic.Int64 // bound now
-	held    atomic.Int64 // bytes of incomplete hellos
+	held    atomic.Int64 // bytes that handshakes hold, themselves included
 	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
 }
 

@@ -47,6 +47,7 @@ type closing struct {
 	end          [2]uint32
 	reset        bool
 	backendFirst bool
+	unheard      bool // an end was only seen in an entry: where its FIN stands is not known
 }
 
 func newFlow(h *handshake, generation uint16) *flow {
@@ -137,6 +138,9 @@ func (f *flow) review(w *worker) {
 		return
 	}
 	silent := min(idle(w.now, up.Flow.LastSeen), idle(w.now, down.Flow.LastSeen))
+	if silent >= staleAfter {
+		f.noticeEnds(up, down)
+	}
 	if reason := f.over(w.now, up, down, silent); reason != "" {
 		if reason != "closed" && reason != "reset" {
 			f.tellBoth(w, up, down)
@@ -147,6 +151,23 @@ func (f *flow) review(w *worker) {
 	if f.closing != nil {
 		wait := max(f.quietNow(up, down)-silent, closedQuiet/8)
 		w.timers.set(&f.timer, w.now+int64(wait))
+	}
+}
+
+// noticeEnds makes up for FINs and RSTs whose events were lost, or were too old when
+// the engine came to them. The kernel programs tell of each only once.
+func (f *flow) noticeEnds(up, down *maps.Entry) {
+	for leg, entry := range [2]*maps.Entry{maps.LegClient: up, maps.LegBackend: down} {
+		fin, reset := entry.Has(maps.FlowFIN), entry.Has(maps.FlowRST)
+		if !fin && !reset || f.closing != nil && (f.closing.fin[leg] || !fin) && (f.closing.reset || !reset) {
+			continue
+		}
+		if f.closing == nil {
+			f.closing = &closing{backendFirst: maps.Leg(leg) == maps.LegBackend}
+		}
+		f.closing.unheard = true
+		f.closing.fin[leg] = f.closing.fin[leg] || fin
+		f.closing.reset = f.closing.reset || reset
 	}
 }
 
@@ -181,6 +202,9 @@ func (f *flow) over(now int64, up, down *maps.Entry, silent time.Duration) strin
 // last ACK as its side sent it, and what the rewrite adds to it.
 func (f *flow) acknowledged(up, down *maps.Entry) bool {
 	c := f.closing
+	if c.unheard {
+		return false
+	}
 	byBackend := down.Flow.LastAck + down.Flow.Ack - c.end[maps.LegClient]
 	byClient := up.Flow.LastAck + up.Flow.Ack - c.end[maps.LegBackend]
 	return int32(byBackend) >= 0 && int32(byClient) >= 0

@@ -5,6 +5,7 @@ package engine
 import (
 	"errors"
 	"time"
+	"unsafe"
 
 	"snilb/maps"
 	"snilb/userspace/config"
@@ -22,6 +23,10 @@ const (
 	// windowToClient is in the engine's own ACKs: the SYN-ACK's 64240 bytes as a
 	// client that scales understands them.
 	windowToClient = 64240
+	// handshakeMemory is what a handshake takes beside its hello's bytes, rounded
+	// up: the struct, its places in three maps and in the heap of timers. A test
+	// compares it with the heap.
+	handshakeMemory = 2048
 )
 
 type phase uint8
@@ -42,6 +47,7 @@ type handshake struct {
 	phase    phase
 
 	hello   hello.Assembler
+	probed  bool   // a keepalive probe's byte stood before the hello
 	held    int    // counted in Engine.held
 	acked   int    // bytes from hello.Start on that the client will not repeat
 	again   bool   // the first segment came twice: the client repeats from there
@@ -69,9 +75,7 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 		return nil
 	}
 	limits := plan.config.Limits
-	if w.e.held.Load() >= limits.HelloMemory {
-		w.stats.hellos[helloMemory]++
-		w.log.limited(w.now, "hello memory is full: raise limits.hello_memory or lower timeouts.hello")
+	if w.memoryIsFull() {
 		return nil
 	}
 	if !w.e.sources.enter(c.client.Addr(), limits.HellosPerSource) {
@@ -92,7 +96,18 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 	h.owner = h
 	h.options.HasTimestamps = s.Options.HasTimestamps
 	w.handshakes[c] = h
+	h.account(w)
 	return h
+}
+
+// account brings the engine's sum up to date with what this handshake holds.
+func (h *handshake) account(w *worker) {
+	held := handshakeMemory + h.hello.Held()
+	for i := range h.attempt.pending {
+		held += int(unsafe.Sizeof(packet.Segment{})) + cap(h.attempt.pending[i].Payload)
+	}
+	w.e.held.Add(int64(held - h.held))
+	h.held = held
 }
 
 // cookieOptions is what the client's SYN said, from the cookie (bpf/cookie.h).
@@ -134,20 +149,8 @@ func (h *handshake) add(w *worker, s *packet.Segment) {
 	if s.Options.HasTimestamps && int32(s.Options.TSVal-h.options.TSVal) > 0 || h.options.TSVal == 0 {
 		h.options.TSVal = s.Options.TSVal
 	}
-	if len(s.Payload) > 0 {
-		added, err := h.hello.Add(s.Seq, s.Payload)
-		if err != nil {
-			w.stats.outOfWindow++
-			return
-		}
-		held := h.hello.Held()
-		w.e.held.Add(int64(held - h.held))
-		h.held = held
-		if added > 0 {
-			h.progress = w.now
-		} else if s.Seq == h.hello.Start() {
-			h.again = true
-		}
+	if len(s.Payload) > 0 && !h.take(w, s) {
+		return
 	}
 	if s.Has(packet.FIN) && s.Missing == 0 {
 		h.fin, h.finAt = true, s.End()-1
@@ -155,6 +158,61 @@ func (h *handshake) add(w *worker, s *packet.Segment) {
 	if h.phase == collecting {
 		h.examine(w)
 	}
+}
+
+// take keeps a segment's payload. Returns false when a limit refuses it: it is not
+// acknowledged then, so the client sends it again.
+func (h *handshake) take(w *worker, s *packet.Segment) bool {
+	seq, payload := h.aboveStart(s)
+	if h.grows(seq, payload) && w.memoryIsFull() {
+		return false
+	}
+	added, err := h.hello.Add(seq, payload)
+	if err != nil {
+		w.stats.outOfWindow++
+		w.log.limited(w.now, "a client's segments lie too far apart for a hello", "client", h.client, "error", err)
+		return false
+	}
+	h.account(w)
+	acked := h.hello.Start() + uint32(h.acked)
+	switch {
+	case added > 0:
+		h.progress = w.now
+	case h.acked > 0 && int32(s.Seq+uint32(len(s.Payload))-acked) <= 0:
+		h.ack(w) // the last one was lost, or this is a keepalive probe
+	case s.Seq == h.hello.Start():
+		h.again = true
+	}
+	return true
+}
+
+// aboveStart leaves out what lies below the first byte once that is certain, be it
+// acknowledged or a hello's: what comes there is a keepalive probe.
+func (h *handshake) aboveStart(s *packet.Segment) (seq uint32, payload []byte) {
+	below := int32(h.hello.Start() - s.Seq)
+	if below <= 0 || h.acked == 0 && !h.probed && h.phase == collecting {
+		return s.Seq, s.Payload
+	}
+	return h.hello.Start(), s.Payload[min(int(below), len(s.Payload)):]
+}
+
+// grows reports whether a segment may bring what is not there yet. The very first
+// does not count: newHandshake has let it in.
+func (h *handshake) grows(seq uint32, payload []byte) bool {
+	if len(h.hello.Bytes()) == 0 {
+		return false
+	}
+	return int32(seq-h.hello.Start()) < 0 || int32(seq+uint32(len(payload))-h.end()) > 0
+}
+
+// memoryIsFull counts and logs it if so.
+func (w *worker) memoryIsFull() bool {
+	if w.e.held.Load() < w.e.plan.Load().config.Limits.HelloMemory {
+		return false
+	}
+	w.stats.hellos[helloMemory]++
+	w.log.limited(w.now, "hello memory is full: raise limits.hello_memory or lower timeouts.hello")
+	return true
 }
 
 // examine looks whether the hello is whole, and decides.
@@ -169,19 +227,75 @@ func (h *handshake) examine(w *worker) {
 		h.act(w, plan.decide(h.listener, h.connection, &parsed))
 	case errors.Is(err, hello.ErrNeedMore):
 		h.wait(w)
-	case errors.Is(err, hello.ErrNotTLS) && !hello.Plaintext(bytes) && w.now-h.started < int64(notTLSAfter):
-		// Perhaps the second segment of a hello whose first is late.
-		w.timers.set(&h.timer, min(h.started+int64(notTLSAfter), h.deadline))
+	case errors.Is(err, hello.ErrNotTLS):
+		h.notTLS(w, err)
 	default:
-		w.stats.hellos[helloResult(err)]++
-		h.act(w, plan.decideNotHello(h.connection, err))
+		h.noHello(w, err)
 	}
 }
+
+// notTLS deals with bytes that start no hello as they stand.
+func (h *handshake) notTLS(w *worker, err error) {
+	bytes := h.hello.Bytes()
+	late := h.started + int64(notTLSAfter)
+	switch {
+	case h.skipProbe(w):
+		h.examine(w)
+	case w.now < late && w.now < h.deadline && !hello.Plaintext(bytes):
+		// Perhaps the second segment of a hello whose first is late.
+		w.timers.set(&h.timer, min(late, h.deadline))
+	case len(bytes) == 1 && w.now < h.deadline && !h.closed():
+		h.answerProbe(w)
+	default:
+		h.noHello(w, err)
+	}
+}
+
+// skipProbe leaves the first byte out if what follows it starts a stream: some
+// stacks probe an idle connection by one garbage byte below their next number (RFC
+// 9293 3.8.4). Returns false if it does not.
+func (h *handshake) skipProbe(w *worker) bool {
+	rest := h.hello.Bytes()[1:]
+	err := hello.LooksLike(rest)
+	waited := len(rest) > 0 && errors.Is(err, hello.ErrNeedMore) && w.now-h.started >= int64(notTLSAfter)
+	if err != nil && !waited && !hello.Plaintext(rest) {
+		return false
+	}
+	h.hello.Skip()
+	h.acked = max(h.acked-1, 0)
+	h.probed = true
+	// The hello's time begins with the hello.
+	h.started = w.now
+	h.deadline = w.now + int64(w.e.plan.Load().config.Timeouts.Hello)
+	return true
+}
+
+// answerProbe keeps a lone byte, which may be a probe or something typed, and
+// acknowledges it: a prober whom nobody answers gives the connection up.
+func (h *handshake) answerProbe(w *worker) {
+	if h.acked == 0 {
+		h.acked = 1
+		h.ack(w)
+	}
+	w.timers.set(&h.timer, h.deadline)
+}
+
+// noHello counts what came in place of a hello and does what is set for it.
+func (h *handshake) noHello(w *worker, err error) {
+	w.stats.hellos[helloResult(err)]++
+	if errors.Is(err, hello.ErrTooLong) {
+		w.log.limited(w.now, "a client's hello is too long", "client", h.client, "error", err)
+	}
+	h.act(w, w.e.plan.Load().decideNotHello(h.connection, err))
+}
+
+// closed reports whether the client has closed behind the bytes that came.
+func (h *handshake) closed() bool { return h.fin && h.finAt == h.end() }
 
 // wait acknowledges what came when the client seems to wait for that, and sets the
 // timer to look again.
 func (h *handshake) wait(w *worker) {
-	if h.fin && h.finAt == h.end() {
+	if h.closed() {
 		w.stats.hellos[helloCut]++
 		h.refuse(w, config.Reset)
 		return
@@ -196,7 +310,7 @@ func (h *handshake) wait(w *worker) {
 		h.ack(w)
 	}
 	at := h.deadline
-	if have > h.acked {
+	if have > h.acked && known {
 		at = min(at, max(h.progress+int64(ackAfter), w.now+int64(ackAfter)/4))
 	}
 	w.timers.set(&h.timer, at)
@@ -248,8 +362,9 @@ func (h *handshake) expire(w *worker) {
 		w.drop(h)
 	case h.phase != collecting:
 		h.expireAttempt(w)
-	case w.now >= h.deadline:
+	case w.now >= h.deadline && !errors.Is(hello.LooksLike(h.hello.Bytes()), hello.ErrNotTLS):
 		w.stats.hellos[helloTimeout]++
+		w.log.limited(w.now, "a client's hello took too long: see timeouts.hello", "client", h.client)
 		h.refuse(w, config.Reset)
 	default:
 		h.examine(w)

@@ -16,8 +16,8 @@ const (
 	sweepShare = 50
 )
 
-// runSweep looks for flows that are over without having said so: idle ones, and
-// ones their client never confirmed.
+// runSweep looks for flows that are over without having said so: idle ones, ones
+// their client never confirmed, and ones whose FIN or RST was lost to a full ring.
 func (e *Engine) runSweep(ctx context.Context) {
 	wait := sweepInterval
 	for {
@@ -37,19 +37,24 @@ func (e *Engine) runSweep(ctx context.Context) {
 // sweep reads the table in batches and has each suspect reviewed by its owner.
 func (e *Engine) sweep() error {
 	now := e.clock.now()
-	var suspects []maps.Tuple
+	var suspects []connection
 	shortest := e.plan.Load().shortestIdle()
 	err := e.o.Tables.Flows(func(leg maps.Leg, t maps.Tuple, entry *maps.Entry) {
-		if leg != maps.LegClient {
+		silent := idle(now, entry.Flow.LastSeen)
+		ended := (entry.Has(maps.FlowFIN) || entry.Has(maps.FlowRST)) && silent >= staleAfter
+		if leg == maps.LegBackend {
+			if ended {
+				suspects = append(suspects, connection{client: entry.To.Dst, listener: entry.To.Src})
+			}
 			return
 		}
-		quiet := shortest > 0 && idle(now, entry.Flow.LastSeen) >= shortest
-		if quiet || !entry.Has(maps.FlowConfirmed) {
-			suspects = append(suspects, t)
+		quiet := shortest > 0 && silent >= shortest
+		if quiet || ended || !entry.Has(maps.FlowConfirmed) {
+			suspects = append(suspects, connection{client: t.Src, listener: t.Dst})
 		}
 	})
-	for _, t := range suspects {
-		e.review(connection{client: t.Src, listener: t.Dst})
+	for _, c := range suspects {
+		e.review(c)
 	}
 	return err
 }

@@ -181,7 +181,7 @@ func (w *worker) clientSegment(listener int, s *packet.Segment) {
 	}
 	if s.Has(packet.RST) {
 		// RFC 9293 3.5.3: a reset counts only at the next sequence number.
-		if h != nil && (s.Seq == h.end() || s.Seq == h.hello.Start()) {
+		if h != nil && (h.phase == refused || s.Seq == h.end() || s.Seq == h.hello.Start()) {
 			w.stats.hellos[helloReset]++
 			w.drop(h)
 		}

@@ -75,6 +75,20 @@ func (a *Assembler) Start() uint32 { return a.frags[0].seq }
 // next call of Add or Reset and must not be written to.
 func (a *Assembler) Bytes() []byte { return a.frags[0].data }
 
+// Skip takes the first byte off, which turned out not to belong to the stream:
+// Start moves up by one, or to the next piece when that was all.
+func (a *Assembler) Skip() {
+	if a.n == 0 {
+		return
+	}
+	first := &a.frags[0]
+	if len(first.data) == 1 {
+		a.remove(0, 1)
+		return
+	}
+	first.seq, first.data = first.seq+1, first.data[1:]
+}
+
 // Held returns the bytes of memory in buffers, gaps not counted and spare
 // capacity included. The Assembler itself, about 260 bytes, is not in it.
 func (a *Assembler) Held() int {

@@ -253,3 +253,33 @@ func TestCrumbs(t *testing.T) {
 		}
 	}
 }
+
+func TestSkip(t *testing.T) {
+	var a Assembler
+	a.Skip() // of nothing
+	for _, base := range bases {
+		a.Reset()
+		add(t, &a, base, []byte("x"), 0, 1, 1)
+		a.Skip()
+		if a.Held() != 0 || len(a.Bytes()) != 0 {
+			t.Fatalf("after the only byte %q is left", a.Bytes())
+		}
+		add(t, &a, base, []byte("xhello.world"), 0, 6, 6)
+		add(t, &a, base, []byte("xhello.world"), 7, 12, 5)
+		a.Skip()
+		if a.Start() != base+1 || string(a.Bytes()) != "hello" {
+			t.Errorf("from %d: starts at %d with %q", base, a.Start(), a.Bytes())
+		}
+		add(t, &a, base, []byte("xhello.world"), 6, 7, 1)
+		if string(a.Bytes()) != "hello.world" {
+			t.Errorf("from %d: %q", base, a.Bytes())
+		}
+		a.Reset()
+		add(t, &a, base, []byte("xhello.world"), 0, 1, 1)
+		add(t, &a, base, []byte("xhello.world"), 7, 12, 5)
+		a.Skip()
+		if a.Start() != base+7 || string(a.Bytes()) != "world" {
+			t.Errorf("from %d: behind the gap at %d is %q", base, a.Start(), a.Bytes())
+		}
+	}
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"snilb/maps"
+)
+
+func TestPressure(t *testing.T) {
+	var out bytes.Buffer
+	p := pressure{log: slog.New(slog.NewTextHandler(&out, nil))}
+	var counters [len(maps.Reasons)]uint64
+	count := func(reason string, n uint64) {
+		for i, r := range maps.Reasons {
+			if r.Name == reason {
+				counters[i] += n
+			}
+		}
+	}
+	for _, step := range []struct {
+		name, reason string
+		n            uint64
+		want         []string // parts of the one line, none: silence
+	}{
+		{"nothing", "hello", 0, nil},
+		{"the usual", "hello", 50, nil},
+		{"busy", "ring_busy", 3, []string{"reason=ring_busy", "packets=3", "--workers", "level=WARN"}},
+		{"no more of it", "syn", 10, nil},
+		{"more of it", "ring_busy", 2, []string{"reason=ring_busy", "packets=2"}},
+		{"lost", "event_lost", 7, []string{"reason=event_lost", "packets=7", "--workers"}},
+	} {
+		out.Reset()
+		count(step.reason, step.n)
+		p.look(counters)
+		if lines := strings.Count(out.String(), "\n"); lines != min(len(step.want), 1) {
+			t.Errorf("%s: %d lines:\n%s", step.name, lines, out.String())
+		}
+		for _, part := range step.want {
+			if !strings.Contains(out.String(), part) {
+				t.Errorf("%s: no %s in %s", step.name, part, out.String())
+			}
+		}
+	}
+	for name := range pressures {
+		out.Reset()
+		counters = [len(maps.Reasons)]uint64{}
+		p.last = counters
+		count(name, 1)
+		if p.look(counters); out.Len() == 0 {
+			t.Errorf("there is no reason %s", name)
+		}
+	}
+}
