@@ -38,7 +38,8 @@ type flow struct {
 	route, sni string
 	bound      int64
 	timeouts   *timeouts
-	closing    *closing // nil while neither side ended
+	closing    *closing        // nil while neither side ended
+	origin     *netip.AddrPort // the client by its PROXY header; nil: no other than the peer
 }
 
 type timeouts struct{ unconfirmed, idle, closing time.Duration }
@@ -69,6 +70,9 @@ func newFlow(h *handshake, generation uint16) *flow {
 	}
 	if r := h.decision.route; r != nil {
 		f.routeID = uint16(r.Index + 1)
+	}
+	if origin := h.origin.client; origin != h.client {
+		f.origin = &origin
 	}
 	f.owner = f
 	return f

@@ -29,7 +29,7 @@ type phase uint8
 const (
 	collecting phase = iota // the hello is not whole
 	connecting              // a SYN is out to a backend
-	pushing                 // the backend must still ACK bytes we ACKed
+	pushing                 // the backend must still ACK what only we can repeat
 	refused                 // decided, nothing more to do: remembered to stay silent
 )
 
@@ -40,6 +40,10 @@ type handshake struct {
 	listener int    // index in the configuration
 	cookie   uint32 // our initial sequence number on the client leg
 	phase    phase
+
+	proxied bool       // a PROXY header must come first
+	skip    int        // its length, 0 as long as it is not there
+	origin  connection // as it says, or the connection itself
 
 	hello   hello.Assembler
 	held    int    // counted in Engine.held
@@ -55,6 +59,7 @@ type handshake struct {
 	progress int64 // of the last new byte
 	deadline int64 // of the hello, then of the connect
 	sni      string
+	alpn     string // the client's offer, if it is one protocol
 	decision decision
 	attempt  attempt
 
@@ -74,7 +79,12 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 		w.log.limited(w.now, "hello memory is full: raise limits.hello_memory or lower timeouts.hello")
 		return nil
 	}
-	if !w.e.sources.enter(c.client.Addr(), limits.HellosPerSource) {
+	proxied := plan.config.Listeners[listener].TakesProxy(c.client.Addr())
+	perSource := limits.HellosPerSource
+	if proxied {
+		perSource = 0 // this address speaks for many
+	}
+	if !w.e.sources.enter(c.client.Addr(), perSource) {
 		w.stats.hellos[helloSourceLimit]++
 		w.log.limited(w.now, "too many hellos of one client: see limits.hellos_per_source", "client", c.client.Addr())
 		return nil
@@ -82,6 +92,8 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 	h := &handshake{
 		connection: c,
 		listener:   listener,
+		proxied:    proxied,
+		origin:     c,
 		cookie:     s.Ack - 1,
 		options:    cookieOptions(s.Ack-1, c.client.Addr().Is4()),
 		tsEcr:      s.Options.TSEcr,
@@ -124,6 +136,9 @@ func (h *handshake) add(w *worker, s *packet.Segment) {
 	if s.Options.HasTimestamps && int32(s.Options.TSVal-h.options.TSVal) > 0 || h.options.TSVal == 0 {
 		h.options.TSVal = s.Options.TSVal
 	}
+	if h.settled() {
+		h.fromStart(s)
+	}
 	if len(s.Payload) > 0 {
 		added, err := h.hello.Add(s.Seq, s.Payload)
 		if err != nil {
@@ -150,21 +165,27 @@ func (h *handshake) add(w *worker, s *packet.Segment) {
 // examine looks whether the hello is whole, and decides.
 func (h *handshake) examine(w *worker) {
 	plan := w.e.plan.Load()
-	bytes := h.hello.Bytes()
-	parsed, err := hello.Parse(bytes)
+	var parsed hello.Hello
+	err := h.readHeader()
+	if err == nil {
+		parsed, err = hello.Parse(h.stream())
+	}
 	switch {
 	case err == nil:
 		w.stats.hellos[helloOK]++
 		h.sni = parsed.ServerName
-		h.act(w, plan.decide(h.listener, h.connection, &parsed))
+		if len(parsed.ALPN) == 1 {
+			h.alpn = parsed.ALPN[0]
+		}
+		h.act(w, plan.decide(h.listener, h.origin, &parsed))
 	case errors.Is(err, hello.ErrNeedMore):
 		h.wait(w)
-	case errors.Is(err, hello.ErrNotTLS) && !hello.Plaintext(bytes) && w.now-h.started < int64(notTLSAfter):
+	case errors.Is(err, hello.ErrNotTLS) && !h.settled() && !hello.Plaintext(h.hello.Bytes()) && w.now-h.started < int64(notTLSAfter):
 		// Perhaps the second segment of a hello whose first is late.
 		w.timers.set(&h.timer, min(h.started+int64(notTLSAfter), h.deadline))
 	default:
 		w.stats.hellos[helloResult(err)]++
-		h.act(w, plan.decideNotHello(h.connection, err))
+		h.act(w, plan.decideNotHello(h.origin, err))
 	}
 }
 
@@ -172,8 +193,7 @@ func (h *handshake) examine(w *worker) {
 // timer to look again.
 func (h *handshake) wait(w *worker) {
 	if h.fin && h.finAt == h.end() {
-		w.stats.hellos[helloCut]++
-		h.refuse(w, config.Reset)
+		h.cut(w)
 		return
 	}
 	have := len(h.hello.Bytes())
@@ -190,6 +210,21 @@ func (h *handshake) wait(w *worker) {
 		at = min(at, max(h.progress+int64(ackAfter), w.now+int64(ackAfter)/4))
 	}
 	w.timers.set(&h.timer, at)
+}
+
+// cut: the client closed before its hello was whole. Behind a PROXY header alone
+// that is a proxy which looks whether the port is open, and gets an orderly close.
+func (h *handshake) cut(w *worker) {
+	if h.skip == 0 || len(h.stream()) > 0 {
+		w.stats.hellos[helloCut]++
+		h.refuse(w, config.Reset)
+		return
+	}
+	w.stats.hellos[helloNone]++
+	s := h.toClient(packet.FIN | packet.ACK)
+	s.Ack = h.finAt + 1
+	w.send(&s)
+	w.drop(h)
 }
 
 // ack acknowledges h.acked bytes to the client.
