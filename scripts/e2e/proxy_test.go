@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -14,6 +15,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/pires/go-proxyproto"
 
 	"snilb/scripts/testbed"
 )
@@ -139,4 +143,199 @@ func wantTold(t *testing.T, client, got string, err error, want string) {
 	if err != nil || got != want {
 		t.Errorf("%s: answer %q, %v, want %q", client, got, err, want)
 	}
+}
+
+// TestProxyOutPieces has a client that hands its hello over bit by bit, so that the engine takes bytes over: they must
+// reach the backend behind the header, once, and be counted.
+func TestProxyOutPieces(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	proxyReceivers(t, bed)
+	d := attach(t, bed, proxyRoutes(bed))
+	families(t, func(t *testing.T, v6 bool) {
+		for site := range proxySites {
+			for _, size := range []int{1 << 20, 1, 100} {
+				t.Run(fmt.Sprintf("%s-%d", site, size), func(t *testing.T) {
+					raw, err := dialTCP(t, bed, vip(bed, v6))
+					must(t, err)
+					count := &counter{Conn: raw}
+					split := &splitter{Conn: count, size: size}
+					if size == 100 {
+						split.pause = 60 * time.Millisecond // longer than the engine waits before it ACKs
+					}
+					c := handshake(t, split, small(site))
+					split.size = 1 << 20
+					got, err := whoami(c)
+					wantTold(t, "go", got, err, told(site, addrOf(raw.LocalAddr()), vip(bed, v6)))
+					f := flowOf(t, d, addrOf(raw.LocalAddr()))
+					if in, out := *f.BytesIn, *f.BytesOut; in != count.out.Load() || out != count.in.Load() {
+						t.Errorf("bytes_in %d, bytes_out %d, but the client sent %d and received %d", in, out, count.out.Load(), count.in.Load())
+					}
+				})
+			}
+		}
+	})
+}
+
+// small is a hello that fits into one segment, for servers that have a P-256 certificate and speak TLS 1.2.
+func small(name string) *tls.Config {
+	return &tls.Config{ServerName: name, CurvePreferences: []tls.CurveID{tls.X25519, tls.CurveP256}}
+}
+
+// flowOf is the flow of a client.
+func flowOf(t *testing.T, d *daemon, client netip.AddrPort) flow {
+	t.Helper()
+	flows := d.flows()
+	i := slices.IndexFunc(flows, func(f flow) bool { return f.Client == client.String() })
+	if i < 0 {
+		t.Fatalf("no flow of %s in %+v", client, flows)
+	}
+	return flows[i]
+}
+
+// TestProxyOutALPN looks at the ALPN record: it is there when the client leaves no choice.
+func TestProxyOutALPN(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	headers := make(chan *proxyproto.Header, 10)
+	for _, v6 := range []bool{false, true} {
+		serve(t, bed.Backend, at(bed, 1, v6, 443), func(c net.Conn) {
+			defer func() { _ = c.Close() }()
+			if h, err := proxyproto.Read(bufio.NewReader(c)); err == nil {
+				headers <- h
+			}
+		})
+	}
+	attach(t, bed, "version: 1\nlisten: [\":443\"]\npools:\n"+pool(bed, "p", "proxy_protocol: v2", 1)+"routes:\n  - {sni: [a.example.com, \"\"], pool: p}\n")
+	families(t, func(t *testing.T, v6 bool) {
+		for _, tt := range []struct {
+			name string
+			alpn []string
+			want []proxyproto.TLV
+		}{
+			{"a.example.com", []string{"h2"}, []proxyproto.TLV{{Type: 1, Value: []byte("h2")}, {Type: 2, Value: []byte("a.example.com")}}},
+			{"a.example.com", []string{"h2", "http/1.1"}, []proxyproto.TLV{{Type: 2, Value: []byte("a.example.com")}}},
+			{"", []string{"http/1.1"}, []proxyproto.TLV{{Type: 1, Value: []byte("http/1.1")}}},
+			{"", nil, nil},
+		} {
+			c, err := dialTCP(t, bed, vip(bed, v6))
+			must(t, err)
+			_, err = c.Write(hello(t, &tls.Config{ServerName: tt.name, NextProtos: tt.alpn}))
+			must(t, err)
+			select {
+			case h := <-headers:
+				got, err := h.TLVs()
+				if !slices.EqualFunc(got, tt.want, func(a, b proxyproto.TLV) bool { return a.Type == b.Type && bytes.Equal(a.Value, b.Value) }) {
+					t.Errorf("%q, %v: records %v, %v, want %v", tt.name, tt.alpn, got, err, tt.want)
+				}
+			case <-time.After(clientTimeout):
+				t.Errorf("%q, %v: no header", tt.name, tt.alpn)
+			}
+		}
+	})
+}
+
+// TestProxyOutLoss loses the segment with the header, or the backend's first words: the engine repeats, the request works.
+func TestProxyOutLoss(t *testing.T) {
+	needTool(t, "nft")
+	bed := newBed(t, testbed.Options{})
+	proxyReceivers(t, bed)
+	attach(t, bed, proxyRoutes(bed))
+	families(t, func(t *testing.T, v6 bool) {
+		for _, site := range []string{"a.example.com", "x.w.example.com"} {
+			for _, loss := range []struct {
+				name, hook, rule string
+				packets          int
+			}{
+				{"header", "input", "tcp dport 443 tcp flags & (syn|fin|rst) == 0 meta length > 100", 1},
+				{"header-again", "input", "tcp dport 443 tcp flags & (syn|fin|rst) == 0 meta length > 100", 4},
+				{"answer", "output", "tcp sport 443 tcp flags & (syn|fin|rst) == 0", 2},
+			} {
+				t.Run(site+"-"+loss.name, func(t *testing.T) {
+					dropFirst(t, bed.Backend, loss.hook, loss.rule, loss.packets)
+					raw, err := dialTCP(t, bed, vip(bed, v6))
+					must(t, err)
+					got, err := whoami(handshake(t, raw, &tls.Config{ServerName: site}))
+					wantTold(t, "go", got, err, told(site, addrOf(raw.LocalAddr()), vip(bed, v6)))
+					wantDropped(t, bed.Backend, loss.packets)
+					must(t, raw.Close())
+				})
+			}
+		}
+	})
+}
+
+// dropFirst drops the first packets in ns that match a rule of nftables.
+func dropFirst(t *testing.T, ns *testbed.NS, hook, rule string, packets int) {
+	t.Helper()
+	script := fmt.Sprintf(`table inet loss
+delete table inet loss
+table inet loss {
+	chain loss {
+		type filter hook %s priority 0;
+		%s numgen inc mod 1000000 < %d counter drop
+	}
+}
+`, hook, rule, packets)
+	cmd := ns.Command(t.Context(), "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(script)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		need(t, "nftables", fmt.Errorf("%w\n%s", err, out))
+	}
+}
+
+func wantDropped(t *testing.T, ns *testbed.NS, packets int) {
+	t.Helper()
+	out, err := ns.Command(t.Context(), "nft", "list", "table", "inet", "loss").CombinedOutput()
+	must(t, err)
+	if want := fmt.Sprintf("counter packets %d ", packets); !strings.Contains(string(out), want) {
+		t.Errorf("want %q in:\n%s", want, out)
+	}
+}
+
+// proxyBulk is what goes each way behind a header: enough for GSO on every leg, and for numbers that are off by a header
+// to show.
+const proxyBulk = 20 << 20
+
+// TestProxyOutBulk moves bytes both ways behind a header of ours that HAProxy takes off.
+func TestProxyOutBulk(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	var sections strings.Builder
+	for _, v6 := range []bool{false, true} {
+		b, err := testbed.StartBackend(bed.Backend, "b1", at(bed, 1, v6, 8443), cert)
+		must(t, err)
+		t.Cleanup(func() { _ = b.Close() })
+		fmt.Fprintf(&sections, "listen v%t\n	mode tcp\n	bind %s accept-proxy\n	server b1 %s\n", v6, at(bed, 1, v6, 443), at(bed, 1, v6, 8443))
+	}
+	startHAProxy(t, bed.Backend, sections.String(), at(bed, 1, true, 443))
+	for _, version := range []string{"v1", "v2"} {
+		t.Run(version, func(t *testing.T) {
+			attach(t, bed, "version: 1\nlisten: [\":443\"]\npools:\n"+pool(bed, "p", "proxy_protocol: "+version, 1)+"routes:\n  - {sni: a.example.com, pool: p}\n")
+			families(t, func(t *testing.T, v6 bool) {
+				client := httpClient(bed, vip(bed, v6), &tls.Config{ServerName: "a.example.com"})
+				downloadBy(t, client, proxyBulk)
+				uploadBy(t, client, proxyBulk)
+			})
+		})
+	}
+}
+
+// TestProxyOutRefused has a backend in the pool that nobody serves: the next one gets the header as well.
+func TestProxyOutRefused(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	proxyReceivers(t, bed)
+	attach(t, bed, fmt.Sprintf(`version: 1
+listen: [":443"]
+pools:
+  p: {proxy_protocol: v2, backends: [%q, %q, %q, %q]}
+routes:
+  - {sni: b.example.com, pool: p}
+`, at(bed, 1, false, 9), at(bed, 1, true, 9), at(bed, 2, false, 443), at(bed, 2, true, 443)))
+	families(t, func(t *testing.T, v6 bool) {
+		for range 4 {
+			raw, err := dialTCP(t, bed, vip(bed, v6))
+			must(t, err)
+			got, err := whoami(handshake(t, raw, &tls.Config{ServerName: "b.example.com"}))
+			wantTold(t, "go", got, err, told("b.example.com", addrOf(raw.LocalAddr()), vip(bed, v6)))
+		}
+	})
 }
