@@ -35,7 +35,7 @@ func clientAt(bed *testbed.Bed, i int, v6 bool) netip.Addr {
 	return bed.Clients4[i]
 }
 
-// frontBed is a bed with the addresses above and a second VIP, the name for it being free.
+// frontBed is a bed with these addresses.
 func frontBed(t *testing.T) *testbed.Bed {
 	t.Helper()
 	return newBed(t, testbed.Options{Clients: other + 1})
@@ -123,7 +123,7 @@ func frontSections(bed *testbed.Bed) string {
 		from := clientAt(bed, front, v6)
 		for port, how := range map[uint16]string{8001: "send-proxy", 8002: "send-proxy-v2 proxy-v2-options crc32c,unique-id"} {
 			fmt.Fprintf(&sections, "listen p%d-%t\n	mode tcp\n	unique-id-format %%pid\n	bind %s\n	server s %s %s source %s\n",
-				port, v6, netip.AddrPortFrom(from, port), vip(bed, v6), how, from)
+				port, v6, netip.AddrPortFrom(from, port), vip(bed, v6), how, netip.AddrPortFrom(from, 0))
 		}
 	}
 	return sections.String()
@@ -180,7 +180,7 @@ func TestProxyInRefused(t *testing.T) {
 	families(t, func(t *testing.T, v6 bool) {
 		target := vip(bed, v6)
 		client := netip.AddrPortFrom(clientAt(bed, known, v6), 999)
-		first := hello(t, &tls.Config{ServerName: "a.example.com"})
+		first := hello(t, classic("a.example.com")) // one segment: what comes behind a reset would be judged by itself
 		v1, v2 := proxyHeader(t, 1, client, target), proxyHeader(t, 2, client, target)
 		for _, tt := range []struct {
 			name   string
