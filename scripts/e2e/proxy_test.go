@@ -22,6 +22,9 @@ import (
 	"snilb/scripts/testbed"
 )
 
+// noDrain ends snilb without waiting for connections to close.
+var noDrain = []string{"--drain-timeout", "0s"}
+
 // startHAProxy runs HAProxy with the given sections in ns until the test ends, and waits until it accepts at probe. The
 // certificate is the file CERT.
 func startHAProxy(t *testing.T, ns *testbed.NS, sections string, probe netip.AddrPort) {
@@ -114,7 +117,7 @@ func TestProxyOut(t *testing.T) {
 	needTool(t, "curl", "openssl")
 	bed := newBed(t, testbed.Options{})
 	proxyReceivers(t, bed)
-	attach(t, bed, proxyRoutes(bed))
+	attach(t, bed, proxyRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		for site := range proxySites {
 			t.Run(site, func(t *testing.T) { proxyOut(t, bed, v6, site) })
@@ -150,7 +153,7 @@ func wantTold(t *testing.T, client, got string, err error, want string) {
 func TestProxyOutPieces(t *testing.T) {
 	bed := newBed(t, testbed.Options{})
 	proxyReceivers(t, bed)
-	d := attach(t, bed, proxyRoutes(bed))
+	d := attach(t, bed, proxyRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		for site := range proxySites {
 			for _, size := range []int{1 << 20, 1, 100} {
@@ -204,7 +207,7 @@ func TestProxyOutALPN(t *testing.T) {
 			}
 		})
 	}
-	attach(t, bed, "version: 1\nlisten: [\":443\"]\npools:\n"+pool(bed, "p", "proxy_protocol: v2", 1)+"routes:\n  - {sni: [a.example.com, \"\"], pool: p}\n")
+	attach(t, bed, "version: 1\nlisten: [\":443\"]\npools:\n"+pool(bed, "p", "proxy_protocol: v2", 1)+"routes:\n  - {sni: [a.example.com, \"\"], pool: p}\n", noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		for _, tt := range []struct {
 			name string
@@ -238,7 +241,7 @@ func TestProxyOutLoss(t *testing.T) {
 	needTool(t, "nft")
 	bed := newBed(t, testbed.Options{})
 	proxyReceivers(t, bed)
-	attach(t, bed, proxyRoutes(bed))
+	attach(t, bed, proxyRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		for _, site := range []string{"a.example.com", "x.w.example.com"} {
 			for _, loss := range []struct {
@@ -309,7 +312,7 @@ func TestProxyOutBulk(t *testing.T) {
 	startHAProxy(t, bed.Backend, sections.String(), at(bed, 1, true, 443))
 	for _, version := range []string{"v1", "v2"} {
 		t.Run(version, func(t *testing.T) {
-			attach(t, bed, "version: 1\nlisten: [\":443\"]\npools:\n"+pool(bed, "p", "proxy_protocol: "+version, 1)+"routes:\n  - {sni: a.example.com, pool: p}\n")
+			attach(t, bed, "version: 1\nlisten: [\":443\"]\npools:\n"+pool(bed, "p", "proxy_protocol: "+version, 1)+"routes:\n  - {sni: a.example.com, pool: p}\n", noDrain...)
 			families(t, func(t *testing.T, v6 bool) {
 				client := httpClient(bed, vip(bed, v6), &tls.Config{ServerName: "a.example.com"})
 				downloadBy(t, client, proxyBulk)
@@ -329,7 +332,7 @@ pools:
   p: {proxy_protocol: v2, backends: [%q, %q, %q, %q]}
 routes:
   - {sni: b.example.com, pool: p}
-`, at(bed, 1, false, 9), at(bed, 1, true, 9), at(bed, 2, false, 443), at(bed, 2, true, 443)))
+`, at(bed, 1, false, 9), at(bed, 1, true, 9), at(bed, 2, false, 443), at(bed, 2, true, 443)), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		for range 4 {
 			raw, err := dialTCP(t, bed, vip(bed, v6))

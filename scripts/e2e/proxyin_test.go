@@ -94,7 +94,7 @@ func (h *headed) Write(p []byte) (int, error) {
 func TestProxyIn(t *testing.T) {
 	bed := frontBed(t)
 	startBackends(t, bed)
-	d := attach(t, bed, frontRoutes(bed))
+	d := attach(t, bed, frontRoutes(bed), noDrain...)
 	startHAProxy(t, bed.Client, frontSections(bed), netip.AddrPortFrom(bed.Clients6[front], 8002))
 	families(t, func(t *testing.T, v6 bool) {
 		for port, how := range map[uint16]string{8001: "v1", 8002: "v2"} {
@@ -134,7 +134,7 @@ func TestProxyInOut(t *testing.T) {
 	bed := frontBed(t)
 	proxyReceivers(t, bed)
 	attach(t, bed, strings.Replace(proxyRoutes(bed), `[":443"]`,
-		fmt.Sprintf(`{address: ":443", accept_proxy: [%s/32, "%s/128"]}`, bed.Clients4[front], bed.Clients6[front]), 1))
+		fmt.Sprintf(`{address: ":443", accept_proxy: [%s/32, "%s/128"]}`, bed.Clients4[front], bed.Clients6[front]), 1), noDrain...)
 	startHAProxy(t, bed.Client, frontSections(bed), netip.AddrPortFrom(bed.Clients6[front], 8002))
 	families(t, func(t *testing.T, v6 bool) {
 		for site := range proxySites {
@@ -158,7 +158,7 @@ func TestProxyInCurl(t *testing.T) {
 	needTool(t, "curl")
 	bed := frontBed(t)
 	startBackends(t, bed)
-	attach(t, bed, frontRoutes(bed))
+	attach(t, bed, frontRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		got, err := curlPath(t, bed, vip(bed, v6), "a.example.com", "/", "--haproxy-protocol", "--interface", clientAt(bed, front, v6).String())
 		wantBody(t, got, err, "b2", "a.example.com")
@@ -176,7 +176,7 @@ func TestProxyInCurl(t *testing.T) {
 func TestProxyInRefused(t *testing.T) {
 	bed := frontBed(t)
 	startBackends(t, bed)
-	d := attach(t, bed, frontRoutes(bed))
+	d := attach(t, bed, frontRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		target := vip(bed, v6)
 		client := netip.AddrPortFrom(clientAt(bed, known, v6), 999)
@@ -236,7 +236,7 @@ func TestProxyInNotTLS(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		serve(t, bed.Backend, at(bed, 3, v6, 443), answerPlain)
 	}
-	attach(t, bed, frontRoutes(bed, `not_tls: "pool:three"`))
+	attach(t, bed, frontRoutes(bed, `not_tls: "pool:three"`), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		header := proxyHeader(t, 1, netip.AddrPortFrom(clientAt(bed, known, v6), 999), vip(bed, v6))
 		for first, want := range map[string]string{
@@ -258,7 +258,7 @@ func TestProxyInNotTLS(t *testing.T) {
 func TestProxyInOwn(t *testing.T) {
 	bed := frontBed(t)
 	startBackends(t, bed)
-	d := attach(t, bed, frontRoutes(bed))
+	d := attach(t, bed, frontRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		for name, header := range map[string]string{
 			"v1": "PROXY UNKNOWN ffff::1 whatever\r\n",
@@ -286,7 +286,7 @@ func TestProxyInOwn(t *testing.T) {
 func TestProxyInPieces(t *testing.T) {
 	bed := frontBed(t)
 	startBackends(t, bed)
-	d := attach(t, bed, frontRoutes(bed))
+	d := attach(t, bed, frontRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		client := netip.AddrPortFrom(clientAt(bed, known, v6), 999)
 		for _, version := range []byte{1, 2} {
@@ -358,7 +358,7 @@ func flowByPeer(t *testing.T, d *daemon, peer netip.AddrPort) flow {
 func TestProxyInShapes(t *testing.T) {
 	bed := frontBed(t)
 	startBackends(t, bed)
-	attach(t, bed, frontRoutes(bed))
+	attach(t, bed, frontRoutes(bed), noDrain...)
 	port := uint16(20000)
 	families(t, func(t *testing.T, v6 bool) {
 		client := netip.AddrPortFrom(clientAt(bed, known, v6), 999)
@@ -388,7 +388,7 @@ func TestProxyInShapes(t *testing.T) {
 func TestProxyInBulk(t *testing.T) {
 	bed := frontBed(t)
 	startBackends(t, bed)
-	attach(t, bed, frontRoutes(bed))
+	attach(t, bed, frontRoutes(bed), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		client := netip.AddrPortFrom(clientAt(bed, known, v6), 999)
 		for _, version := range []byte{1, 2} {
@@ -409,7 +409,7 @@ func TestProxyInMaglev(t *testing.T) {
 	startBackends(t, bed)
 	routes := strings.Replace(frontRoutes(bed), "  - {sni: b.example.com", "  - {sni: x.w.example.com, pool: hashed}\n  - {sni: b.example.com", 1)
 	routes = strings.Replace(routes, "pools:\n", "pools:\n"+pool(bed, "hashed", "balance: maglev, hash: client", 1, 2, 3), 1)
-	attach(t, bed, routes)
+	attach(t, bed, routes, noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		used := map[string]bool{}
 		for i := range 12 {
@@ -440,7 +440,7 @@ func TestProxyInMaglev(t *testing.T) {
 func TestProxyInLimit(t *testing.T) {
 	bed := frontBed(t)
 	startBackends(t, bed)
-	d := attach(t, bed, frontRoutes(bed, "limits: {hellos_per_source: 2}"))
+	d := attach(t, bed, frontRoutes(bed, "limits: {hellos_per_source: 2}"), noDrain...)
 	families(t, func(t *testing.T, v6 bool) {
 		header := proxyHeader(t, 2, netip.AddrPortFrom(clientAt(bed, known, v6), 999), vip(bed, v6))
 		for _, from := range []int{front, other} {
