@@ -322,6 +322,22 @@ func TestProxyOutBulk(t *testing.T) {
 	}
 }
 
+// TestProxyOutMTU has a narrow leg to the backends, no offloads, and a hello that fills the client's segments: with a header
+// before it they would be too large.
+func TestProxyOutMTU(t *testing.T) {
+	bed := newBed(t, testbed.Options{BackendMTU: 1280, NoOffload: true})
+	proxyReceivers(t, bed)
+	attach(t, bed, proxyRoutes(bed), noDrain...)
+	families(t, func(t *testing.T, v6 bool) {
+		for site := range proxySites {
+			raw, err := dialTCP(t, bed, vip(bed, v6))
+			must(t, err)
+			got, err := whoami(handshake(t, raw, &tls.Config{ServerName: site}))
+			wantTold(t, "go", got, err, told(site, addrOf(raw.LocalAddr()), vip(bed, v6)))
+		}
+	})
+}
+
 // TestProxyOutRefused has a backend in the pool that nobody serves: the next one gets the header as well.
 func TestProxyOutRefused(t *testing.T) {
 	bed := newBed(t, testbed.Options{})

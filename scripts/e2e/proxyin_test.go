@@ -144,11 +144,14 @@ func TestProxyInOut(t *testing.T) {
 				got, err := whoami(handshake(t, raw, &tls.Config{ServerName: site}))
 				wantTold(t, "haproxy", got, err, told(site, addrOf(raw.LocalAddr()), proxy))
 			}
-			// The other family in the header: of one family there, of the other here.
+			// Of the other family there. In one piece, and so that the engine takes bytes over of both header and hello.
 			source, destination := netip.AddrPortFrom(clientAt(bed, other, !v6), 999), vip(bed, !v6)
-			raw := &headed{Conn: dialFrom(t, bed, clientAt(bed, front, v6), vip(bed, v6)), header: proxyHeader(t, 2, source, destination)}
-			got, err := whoami(handshake(t, raw, &tls.Config{ServerName: site}))
-			wantTold(t, "other family", got, err, told(site, source, destination))
+			for _, size := range []int{1 << 20, 85} {
+				split := &splitter{Conn: dialFrom(t, bed, clientAt(bed, front, v6), vip(bed, v6)), size: size, pause: 60 * time.Millisecond}
+				c := handshake(t, &headed{Conn: split, header: proxyHeader(t, 1, source, destination)}, small(site))
+				got, err := whoami(c)
+				wantTold(t, "other family", got, err, told(site, source, destination))
+			}
 		}
 	})
 }
