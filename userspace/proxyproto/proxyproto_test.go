@@ -107,6 +107,21 @@ func TestParse(t *testing.T) {
 	}
 }
 
+// Nothing is waited for that will be refused: what is too long is so at once.
+func TestBounds(t *testing.T) {
+	for stream, want := range map[string]error{
+		"PROXY " + strings.Repeat("f", 100):                        ErrNeedMore,
+		"PROXY " + strings.Repeat("f", 101):                        ErrMalformed,
+		binaryHeader(proxy2, 0x11, strings.Repeat("x", 4096))[:16]: ErrNeedMore,
+		binaryHeader(proxy2, 0x11, strings.Repeat("x", 4097))[:16]: ErrMalformed,
+		binaryHeader(local2, 0x00, strings.Repeat("x", 4097))[:16]: ErrMalformed,
+	} {
+		if _, n, err := Parse([]byte(stream)); n != 0 || !errors.Is(err, want) {
+			t.Errorf("%d bytes, %q...: %v, want %v", len(stream), stream[:14], err, want)
+		}
+	}
+}
+
 func TestAppend(t *testing.T) {
 	for name, tt := range map[string]struct {
 		header  Header
