@@ -18,10 +18,10 @@ import (
 )
 
 const routesFile = `version: 1
-listen: [":443", {name: partners, address: "192.0.2.20:443", no_match: "pool:b"}]
+listen: [":443", {name: partners, address: "192.0.2.20:443", no_match: "pool:b", accept_proxy: 192.0.2.128/25}]
 pools:
   a: {backends: [192.0.2.1:443, "[2001:db8::1]:443"]}
-  b: {balance: maglev, backends: {address: "192.0.2.2:443", name: b1, weight: 3}}
+  b: {balance: maglev, proxy_protocol: v2, backends: {address: "192.0.2.2:443", name: b1, weight: 3}}
 routes:
   - {name: h2, sni: www.example.com, alpn: h2, pool: b}
   - {sni: "*.example.com", pool: a}

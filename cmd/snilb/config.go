@@ -45,6 +45,8 @@ type (
 		Name    string `json:"name"`
 		Address string `json:"address"` // ":443" is every address
 		NoMatch string `json:"no_match"`
+
+		AcceptProxy []string `json:"accept_proxy,omitempty"`
 	}
 	poolSummary struct {
 		Name      string            `json:"name"`
@@ -53,6 +55,8 @@ type (
 		NoBackend string            `json:"no_backend"`
 		Timeouts  map[string]string `json:"timeouts"`
 		Backends  []backendSummary  `json:"backends"`
+
+		ProxyProtocol string `json:"proxy_protocol"`
 	}
 	backendSummary struct {
 		Name    string `json:"name"`
@@ -105,7 +109,11 @@ func summarizeListeners(c *config.Config) []listenerSummary {
 		if l.EveryAddress() {
 			address = fmt.Sprintf(":%d", l.Addr.Port())
 		}
-		all = append(all, listenerSummary{Name: l.Name, Address: address, NoMatch: l.NoMatch.String()})
+		s := listenerSummary{Name: l.Name, Address: address, NoMatch: l.NoMatch.String()}
+		for _, prefix := range l.AcceptProxy {
+			s.AcceptProxy = append(s.AcceptProxy, prefix.String())
+		}
+		all = append(all, s)
 	}
 	return all
 }
@@ -115,6 +123,7 @@ func summarizePools(c *config.Config) []poolSummary {
 	for _, p := range c.Pools {
 		s := poolSummary{
 			Name: p.Name, Balance: p.Balance.String(), NoBackend: p.NoBackend.String(), Backends: []backendSummary{},
+			ProxyProtocol: p.ProxyProtocol.String(),
 			Timeouts: map[string]string{
 				"hello": p.Timeouts.Hello.String(), "connect": p.Timeouts.Connect.String(), "attempt": p.Timeouts.Attempt.String(),
 				"unconfirmed": p.Timeouts.Unconfirmed.String(), "idle": p.Timeouts.Idle.String(), "closing": p.Timeouts.Closing.String(),

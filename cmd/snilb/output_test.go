@@ -94,7 +94,8 @@ func TestSummarize(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := summarize(c)
-	if got := []string{d.Listeners[0].Address, d.Listeners[1].Address, d.Listeners[1].NoMatch, d.Pools[1].Hash, d.Pools[0].Hash, d.Routes[0].ALPN[0]}; cmp.Diff([]string{":443", "192.0.2.20:443", "pool:b", "client", "", "h2"}, got) != "" {
+	if got := []string{d.Listeners[0].Address, d.Listeners[1].Address, d.Listeners[1].NoMatch, d.Pools[1].Hash, d.Pools[0].Hash, d.Routes[0].ALPN[0],
+		d.Listeners[1].AcceptProxy[0], d.Pools[0].ProxyProtocol, d.Pools[1].ProxyProtocol}; cmp.Diff([]string{":443", "192.0.2.20:443", "pool:b", "client", "", "h2", "192.0.2.128/25", "none", "v2"}, got) != "" {
 		t.Errorf("%q", got)
 	}
 	if diff := cmp.Diff(map[string]int{"a": 3, "b": 1}, d.Routes[2].Pools); diff != "" {

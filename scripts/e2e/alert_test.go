@@ -101,7 +101,7 @@ func alertInPieces(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 // same, as no time has passed.
 func alertSamePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 	for range 3 {
-		c, err := dialFrom(bed, target, 7777)
+		c, err := dialFromPort(bed, target, 7777)
 		must(t, err)
 		must(t, c.SetDeadline(time.Now().Add(5*time.Second)))
 		_, err = c.Write(hello(t, classic("unknown.example.com")))
@@ -110,7 +110,7 @@ func alertSamePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 		must(t, err)
 		must(t, c.(*net.TCPConn).SetLinger(0)) // leaves no TIME_WAIT
 		must(t, c.Close())
-		c, err = dialFrom(bed, target, 7777)
+		c, err = dialFromPort(bed, target, 7777)
 		must(t, err)
 		got, err := whoami(handshake(t, c, classic("a.example.com")))
 		wantBody(t, got, err, "b1", "a.example.com")

@@ -158,6 +158,7 @@ func (d *daemon) snilb(args ...string) (stdout string, err error) {
 // flow is an object of `snilb flows`.
 type flow struct {
 	Client      string   `json:"client"`
+	Peer        string   `json:"peer"`
 	Listener    string   `json:"listener"`
 	SNI         string   `json:"sni"`
 	Pool        string   `json:"pool"`

@@ -68,7 +68,7 @@ func TestSourceClient(t *testing.T) {
 func samePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 	must(t, bed.Client.Sysctl("ipv4/tcp_tw_reuse", "1"))
 	for round := range 6 {
-		c, err := dialFrom(bed, target, 7777)
+		c, err := dialFromPort(bed, target, 7777)
 		must(t, err)
 		s := handshake(t, c, classic("a.example.com"))
 		if got := seenFrom(t, s, "b1"); got.Port() != 7777 {
@@ -89,8 +89,8 @@ func samePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 	}
 }
 
-// dialFrom connects from a port of one's own choice.
-func dialFrom(bed *testbed.Bed, target netip.AddrPort, port int) (net.Conn, error) {
+// dialFromPort connects from a port of one's own choice.
+func dialFromPort(bed *testbed.Bed, target netip.AddrPort, port int) (net.Conn, error) {
 	d := &net.Dialer{Timeout: clientTimeout, LocalAddr: &net.TCPAddr{Port: port}, Control: func(_, _ string, raw syscall.RawConn) error {
 		var err error
 		if ctl := raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1) }); ctl != nil {

@@ -59,6 +59,20 @@ type Listener struct {
 	// the listener takes every address of both families.
 	Addr    netip.AddrPort
 	NoMatch Action // Resolved: its own, or the file's.
+
+	// AcceptProxy are the networks of proxies: whatever comes from there must
+	// begin with a PROXY header.
+	AcceptProxy []netip.Prefix
+}
+
+// TakesProxy says whether connections from addr begin with a PROXY header.
+func (l *Listener) TakesProxy(addr netip.Addr) bool {
+	for _, prefix := range l.AcceptProxy {
+		if prefix.Contains(addr) {
+			return true
+		}
+	}
+	return false
 }
 
 // EveryAddress says that the listener takes every address of both families.
@@ -163,6 +177,26 @@ func (h HashKey) String() string {
 	return "unknown"
 }
 
+// ProxyProtocol is the version of the PROXY header that backends get.
+type ProxyProtocol uint8
+
+// The zero value is the default. The others are the versions themselves.
+const (
+	NoProxy ProxyProtocol = iota
+	ProxyV1
+	ProxyV2
+)
+
+var proxyWords = [...]string{NoProxy: "none", ProxyV1: "v1", ProxyV2: "v2"}
+
+// String returns the word that stands in the file.
+func (p ProxyProtocol) String() string {
+	if int(p) < len(proxyWords) {
+		return proxyWords[p]
+	}
+	return "unknown"
+}
+
 // Pool is a group of backends that serve the same sites.
 type Pool struct {
 	Pos       Position
@@ -174,6 +208,9 @@ type Pool struct {
 	NoBackend Action     // Resolved. Following Pool from pool to pool always ends.
 	Timeouts  Timeouts   // Resolved. Hello is the file's.
 	Backends  []*Backend // At least one, in file order, no address twice.
+
+	// ProxyProtocol is the header that backends get before the client's bytes.
+	ProxyProtocol ProxyProtocol
 }
 
 // Source is the address and port that backends see. The zero value is "nat": the

@@ -62,7 +62,7 @@ func (r *reader) listener(node ast.Node) (*Listener, bool) {
 			{key: "name", read: func(n ast.Node) { l.Name = r.label(n, "listener name") }},
 			{key: "address", read: readAddress},
 			{key: "no_match", read: r.actionInto(&l.NoMatch, "no_match")},
-			{key: "accept_proxy", read: func(n ast.Node) { r.emptyList(n, "accept_proxy", FeatureAcceptProxy) }},
+			{key: "accept_proxy", read: func(n ast.Node) { r.acceptProxy(n, l) }},
 		})
 		if seen != nil {
 			if _, ok := seen["address"]; !ok {
@@ -79,6 +79,18 @@ func (r *reader) listener(node ast.Node) (*Listener, bool) {
 		l.Name = address
 	}
 	return l, len(r.problems) == before
+}
+
+func (r *reader) acceptProxy(node ast.Node, l *Listener) {
+	for _, item := range r.items(node) {
+		s, ok := r.scalar(item, "accept_proxy")
+		if !ok {
+			continue
+		}
+		if prefix, ok := r.network(s, "accept_proxy"); ok {
+			l.AcceptProxy = append(l.AcceptProxy, prefix)
+		}
+	}
 }
 
 // listenAddress reads ":443", "192.0.2.1:443" or "[2001:db8::1]:443".

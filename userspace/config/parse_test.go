@@ -3,6 +3,7 @@
 package config
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -19,7 +20,8 @@ import (
 const full = `version: 1
 listen:
   - ":443"
-  - {name: partners, address: "192.0.2.20:443", no_match: "pool:legacy"}
+  - {name: partners, address: "192.0.2.20:443", no_match: "pool:legacy", accept_proxy: [10.0.0.0/8, "2001:db8::/32"]}
+  - {name: front, address: ":444", accept_proxy: 10.1.0.0/16}
   - "[2001:db8::20]:8443"
 no_match: drop
 not_tls: drop
@@ -45,8 +47,10 @@ pools:
       - "[2001:db8::11]:443"
       - {address: "192.0.2.12:443", name: b2, weight: 3, backup: false}
   green:
+    proxy_protocol: v1
     backends: 192.0.2.13:443
   legacy:
+    proxy_protocol: v2
     backends: [127.0.0.1:8443]
 routes:
   - {sni: Blog.example.com., pool: blog}
@@ -75,15 +79,17 @@ func TestParseFull(t *testing.T) {
 	type listener struct {
 		name, addr, noMatch string
 		every               bool
+		proxies             string
 	}
 	var listeners []listener
 	for _, l := range c.Listeners {
-		listeners = append(listeners, listener{l.Name, l.Addr.String(), l.NoMatch.String(), l.EveryAddress()})
+		listeners = append(listeners, listener{l.Name, l.Addr.String(), l.NoMatch.String(), l.EveryAddress(), fmt.Sprint(l.AcceptProxy)})
 	}
 	diff(t, "listeners", listeners, []listener{
-		{":443", "invalid AddrPort", "drop", true},
-		{"partners", "192.0.2.20:443", "pool:legacy", false},
-		{"[2001:db8::20]:8443", "[2001:db8::20]:8443", "drop", false},
+		{":443", "invalid AddrPort", "drop", true, "[]"},
+		{"partners", "192.0.2.20:443", "pool:legacy", false, "[10.0.0.0/8 2001:db8::/32]"},
+		{"front", "invalid AddrPort", "drop", true, "[10.1.0.0/16]"},
+		{"[2001:db8::20]:8443", "[2001:db8::20]:8443", "drop", false, "[]"},
 	})
 	if port := c.Listeners[0].Addr.Port(); port != 443 {
 		t.Errorf("port of :443 is %d", port)
@@ -100,9 +106,9 @@ func TestParseFull(t *testing.T) {
 
 	var pools []string
 	for _, p := range c.Pools {
-		pools = append(pools, strings.Join([]string{p.Name, p.Balance.String(), p.Hash.String(), p.NoBackend.String()}, " "))
+		pools = append(pools, strings.Join([]string{p.Name, p.Balance.String(), p.Hash.String(), p.ProxyProtocol.String(), p.NoBackend.String()}, " "))
 	}
-	diff(t, "pools", pools, []string{"blog maglev sni drop", "green round_robin client pool:legacy", "legacy round_robin client reset"})
+	diff(t, "pools", pools, []string{"blog maglev sni none drop", "green round_robin client v1 pool:legacy", "legacy round_robin client v2 reset"})
 
 	type backend struct {
 		name, addr string
@@ -114,9 +120,9 @@ func TestParseFull(t *testing.T) {
 		backends = append(backends, backend{b.Name, b.Addr.String(), b.Weight, b.Pos.Line})
 	}
 	diff(t, "backends", backends, []backend{
-		{"192.0.2.11:443", "192.0.2.11:443", 1, 26},
-		{"[2001:db8::11]:443", "[2001:db8::11]:443", 1, 27},
-		{"b2", "192.0.2.12:443", 3, 28},
+		{"192.0.2.11:443", "192.0.2.11:443", 1, 27},
+		{"[2001:db8::11]:443", "[2001:db8::11]:443", 1, 28},
+		{"b2", "192.0.2.12:443", 3, 29},
 	})
 	if c.Backends() != 5 {
 		t.Errorf("%d backends, want 5", c.Backends())
@@ -172,6 +178,17 @@ func TestParseRoutes(t *testing.T) {
 	}{{"cdn1.example.org", true}, {"cdn12.example.org", true}, {"xcdn1.example.org", false}, {"cdn1.example.orgx", false}} {
 		if got := c.Routes[3].Patterns[0].Regexp.MatchString(tt.name); got != tt.want {
 			t.Errorf("regex on %s: %v", tt.name, got)
+		}
+	}
+}
+
+func TestTakesProxy(t *testing.T) {
+	l := mustParse(t, full).Listeners[1]
+	for addr, want := range map[string]bool{
+		"10.255.0.1": true, "11.0.0.1": false, "2001:db8:ffff::1": true, "2001:db9::": false,
+	} {
+		if got := l.TakesProxy(netip.MustParseAddr(addr)); got != want {
+			t.Errorf("%s: %v, want %v", addr, got, want)
 		}
 	}
 }

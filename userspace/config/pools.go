@@ -49,7 +49,11 @@ func (r *reader) pool(e entry) *Pool {
 			}
 		}},
 		{key: "source", read: func(n ast.Node) { r.source(n, p) }},
-		{key: "proxy_protocol", read: func(n ast.Node) { r.onlyWord(n, "proxy_protocol", "none", FeatureProxyProtocol) }},
+		{key: "proxy_protocol", read: func(n ast.Node) {
+			if i := r.choice(n, "proxy_protocol", proxyWords[:]...); i >= 0 {
+				p.ProxyProtocol = ProxyProtocol(i)
+			}
+		}},
 		{key: "on_down", read: func(n ast.Node) {
 			if r.choice(n, "on_down", "keep", "reset") == 1 {
 				r.built(FeatureOnDownReset, r.at(n), "on_down: reset")

@@ -5,7 +5,6 @@ package config
 import (
 	"cmp"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -144,20 +143,7 @@ func (rr *routeReader) alpn(node ast.Node) {
 
 func (rr *routeReader) clients(node ast.Node) {
 	for _, s := range rr.words(node, "clients") {
-		prefix, err := netip.ParsePrefix(s.text)
-		if err != nil {
-			remedy := "write it as 192.0.2.0/24 or 2001:db8::/32"
-			if addr, err := netip.ParseAddr(s.text); err == nil && addr.Zone() == "" {
-				remedy = fmt.Sprintf("write %s/%d for this one address", addr, addr.BitLen())
-			}
-			rr.refuse(s.pos, fmt.Sprintf("clients %q is not a CIDR", s.text), remedy)
-			continue
-		}
-		switch {
-		case !rr.plainAddr(s, prefix.Addr()):
-		case prefix != prefix.Masked():
-			rr.refuse(s.pos, fmt.Sprintf("clients %q has bits set behind the prefix", s.text), fmt.Sprintf("write %s, or a longer prefix", prefix.Masked()))
-		default:
+		if prefix, ok := rr.network(s, "clients"); ok {
 			rr.route.Clients = append(rr.route.Clients, prefix)
 		}
 	}

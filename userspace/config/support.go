@@ -12,14 +12,12 @@ type Feature string
 
 // The features that can be switched on one by one.
 const (
-	FeatureAcceptProxy    Feature = "accept_proxy"
 	FeatureDeny           Feature = "deny"
 	FeatureAllow          Feature = "allow"
 	FeatureFlowsPerSource Feature = "flows_per_source"
 	FeatureSYNsPerSource  Feature = "syns_per_source"
 	FeatureLeastConns     Feature = "balance: least_connections"
 	FeatureRandomTwo      Feature = "balance: random_two"
-	FeatureProxyProtocol  Feature = "proxy_protocol"
 	FeatureOnDownReset    Feature = "on_down: reset"
 	FeatureSlowStart      Feature = "slow_start"
 	FeatureHealth         Feature = "health"
@@ -32,14 +30,12 @@ const (
 // format has it, with what to do instead. Removing a line switches a feature
 // on, together with the fields it needs in Config.
 var notBuilt = map[Feature]string{
-	FeatureAcceptProxy:    "remove accept_proxy",
 	FeatureDeny:           "leave the list empty",
 	FeatureAllow:          "leave the list empty",
 	FeatureFlowsPerSource: "use none",
 	FeatureSYNsPerSource:  "use none",
 	FeatureLeastConns:     "use round_robin or maglev",
 	FeatureRandomTwo:      "use round_robin or maglev",
-	FeatureProxyProtocol:  "use none",
 	FeatureOnDownReset:    "use keep",
 	FeatureSlowStart:      "use none",
 	FeatureHealth:         "use {type: none}",

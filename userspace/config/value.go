@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/netip"
 	"regexp"
 	"strconv"
 	"strings"
@@ -94,6 +95,27 @@ func decimal(text string) (int64, error) {
 		return 0, errNotDecimal
 	}
 	return strconv.ParseInt(text, 10, 64)
+}
+
+// network reads a CIDR.
+func (r *reader) network(s scalar, what string) (netip.Prefix, bool) {
+	prefix, err := netip.ParsePrefix(s.text)
+	if err != nil {
+		remedy := "write it as 192.0.2.0/24 or 2001:db8::/32"
+		if addr, err := netip.ParseAddr(s.text); err == nil && addr.Zone() == "" {
+			remedy = fmt.Sprintf("write %s/%d for this one address", addr, addr.BitLen())
+		}
+		r.refuse(s.pos, fmt.Sprintf("%s %q is not a CIDR", what, s.text), remedy)
+		return netip.Prefix{}, false
+	}
+	switch {
+	case !r.plainAddr(s, prefix.Addr()):
+	case prefix != prefix.Masked():
+		r.refuse(s.pos, fmt.Sprintf("%s %q has bits set behind the prefix", what, s.text), fmt.Sprintf("write %s, or a longer prefix", prefix.Masked()))
+	default:
+		return prefix, true
+	}
+	return netip.Prefix{}, false
 }
 
 // duration reads a time above zero. With none allowed, the word returns 0.

@@ -50,6 +50,8 @@ func (h *handshake) bind(w *worker) {
 	h.settle(w, f)
 	h.replayHello(w, f)
 	for i := range a.pending {
+		// An ACK of our header alone means nothing to the client.
+		a.pending[i].Ack = a.ack
 		w.replay(maps.LegBackend, a.pending[i], f.mss)
 	}
 }
@@ -78,7 +80,7 @@ func (h *handshake) abandonFull(w *worker, limit int) {
 // abandon resets both legs of a connection that cannot be bound.
 func (h *handshake) abandon(w *worker, result string) {
 	w.stats.connect(h.attempt.backend, result)
-	s := h.toBackend(w, packet.RST|packet.ACK, h.acked, nil)
+	s := h.toBackend(w, packet.RST|packet.ACK, h.attempt.ack, nil)
 	w.sendBy(h.attempt.hop, &s)
 	h.refuse(w, config.Reset)
 }
@@ -95,12 +97,12 @@ func (h *handshake) settle(w *worker, f *flow) {
 	w.stats.handshakeNanoseconds += uint64(w.now - h.started)
 }
 
-// entries are the two directions' rewrites. The client's first byte is at
-// hello.Start, the backend expects it at isn+1; our numbers end at the cookie, the
+// entries are the two directions' rewrites. The client's stream starts at one
+// number and at another on the backend leg; our numbers end at the cookie, the
 // backend's at its SYN-ACK's.
 func (h *handshake) entries(w *worker, back Hop, f *flow) (toBackend, toClient *maps.Entry) {
 	a := &h.attempt
-	seq := a.isn + 1 - h.hello.Start()
+	seq := a.start() - h.start()
 	ack := a.peer.Seq - h.cookie
 	var ts, ecr uint32
 	if h.options.HasTimestamps {
@@ -113,13 +115,14 @@ func (h *handshake) entries(w *worker, back Hop, f *flow) (toBackend, toClient *
 		To: maps.Tuple{Src: a.local.AddrPort, Dst: a.backend.Addr},
 		Flow: maps.Flow{
 			Seq: seq, Ack: ack, Tsval: ts, Tsecr: ecr, LastAck: h.cookie + 1, LastSeen: seen,
+			Bytes:   uint64(a.delivered()),
 			Control: maps.FlowControl(a.hop.Index, up, w.id), Generation: f.generation, Id: a.backend.ID,
 		},
 	}
 	toClient = &maps.Entry{
 		To: maps.Tuple{Src: h.connection.listener, Dst: h.client},
 		Flow: maps.Flow{
-			Seq: -ack, Ack: -seq, Tsval: -ecr, Tsecr: -ts, LastAck: a.isn + 1 + uint32(h.acked), LastSeen: seen,
+			Seq: -ack, Ack: -seq, Tsval: -ecr, Tsecr: -ts, LastAck: a.ack, LastSeen: seen,
 			Control: maps.FlowControl(back.Index, down, w.id), Generation: f.generation, Id: f.routeID,
 		},
 	}
@@ -142,14 +145,15 @@ func (h *handshake) shifts() (toBackend, toClient int) {
 	return toBackend, toClient
 }
 
-// replayHello sends what the client will repeat if it is lost: all but what was
-// pushed, and its FIN if that stands right behind. It also is the ACK of the
-// backend's SYN-ACK.
+// replayHello sends what the client will repeat if it is lost: all but what the
+// backend has acknowledged, and the client's FIN if that stands right behind. It
+// also is the ACK of the backend's SYN-ACK.
 func (h *handshake) replayHello(w *worker, f *flow) {
-	rest := h.hello.Bytes()[h.acked:]
+	sent := h.attempt.delivered()
+	rest := h.stream()[sent:]
 	s := packet.Segment{
 		Src: h.client, Dst: h.connection.listener,
-		Seq: h.hello.Start() + uint32(h.acked), Ack: h.cookie + 1,
+		Seq: h.start() + uint32(sent), Ack: h.cookie + 1,
 		Flags: packet.ACK, Window: h.window, Payload: rest,
 	}
 	if len(rest) > 0 {

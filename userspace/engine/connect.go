@@ -34,6 +34,8 @@ type attempt struct {
 	retry   time.Duration
 	busy    int // ports refused by a challenge ACK
 
+	prefix  []byte         // the PROXY header it gets
+	ack     uint32         // its latest acknowledgment
 	peer    packet.Segment // its SYN-ACK, without payload
 	pending []packet.Segment
 }
@@ -55,7 +57,7 @@ func (h *handshake) connect(w *worker) {
 		}
 	}
 	w.log.limited(w.now, "no backend can be reached", "pool", d.poolName())
-	next := w.e.plan.Load().decideNoBackend(*d, h.connection, h.sni)
+	next := w.e.plan.Load().decideNoBackend(*d, h.origin, h.sni)
 	h.act(w, next)
 }
 
@@ -70,6 +72,11 @@ func (h *handshake) open(w *worker) bool {
 		return false
 	}
 	a.hop = hop
+	if a.prefix, err = h.header(); err != nil {
+		w.stats.connect(a.backend, "no_proxy_header")
+		w.log.limited(w.now, "no PROXY header for a backend", "backend", a.backend.Addr, "error", err)
+		return false
+	}
 	if !h.takeLocal(w) {
 		w.stats.connect(a.backend, "no_port")
 		w.log.limited(w.now, "source ports are used up: give the pool more source addresses", "backend", a.backend.Addr)
@@ -88,8 +95,8 @@ func (h *handshake) open(w *worker) bool {
 // are the client's own, which rise towards that tuple as the client takes care.
 func (h *handshake) number(w *worker) {
 	a := &h.attempt
-	if a.local.ports == nil {
-		a.isn, a.tsval = h.hello.Start()-1, h.options.TSVal
+	if h.isClients(a.local) {
+		a.isn, a.tsval = h.start()-1-uint32(len(a.prefix)), h.options.TSVal
 		return
 	}
 	a.isn, a.tsval = w.e.numbers(w.now, a.local.AddrPort, a.backend.Addr)
@@ -116,7 +123,7 @@ func (h *handshake) sendSYN(w *worker) {
 
 // backendClock is our TSval on the backend leg now.
 func (h *handshake) backendClock(w *worker) uint32 {
-	if h.attempt.local.ports == nil {
+	if h.isClients(h.attempt.local) {
 		return h.options.TSVal
 	}
 	return h.attempt.tsval + uint32((w.now-h.attempt.begun)/int64(time.Millisecond))
@@ -157,18 +164,18 @@ func (h *handshake) release(w *worker, abort bool) {
 		return
 	}
 	if abort && h.phase == pushing {
-		s := h.toBackend(w, packet.RST|packet.ACK, 0, nil)
+		s := h.toBackend(w, packet.RST|packet.ACK, a.ack, nil)
 		w.sendBy(a.hop, &s)
 	}
 	h.giveUpLocal(w)
 }
 
-// toBackend is a segment of ours on the backend leg, offset bytes into the stream.
-func (h *handshake) toBackend(w *worker, flags uint8, offset int, payload []byte) packet.Segment {
+// toBackend is a segment of ours on the backend leg.
+func (h *handshake) toBackend(w *worker, flags uint8, seq uint32, payload []byte) packet.Segment {
 	a := &h.attempt
 	s := packet.Segment{
 		Src: a.local.AddrPort, Dst: a.backend.Addr,
-		Seq: a.isn + 1 + uint32(offset), Ack: a.peer.Seq + 1,
+		Seq: seq, Ack: a.peer.Seq + 1,
 		Flags: flags, Window: h.window, Payload: payload,
 	}
 	if h.options.HasTimestamps {
@@ -224,32 +231,37 @@ func (h *handshake) synAck(w *worker, s *packet.Segment) {
 	if h.phase == pushing {
 		return // again, since our answer is on its way or lost; push repeats it
 	}
-	if err := h.learn(w, s); err != nil {
-		h.phase = pushing // it has a connection now, which fail resets
-		a.peer = *s
-		w.log.limited(w.now, "no way to a backend within its MSS", "backend", a.backend.Addr, "error", err)
-		h.fail(w, "no_nexthop")
+	a.peer, a.ack = *s, s.Ack
+	a.peer.Payload = nil
+	h.phase = pushing // it has a connection now, which fail resets
+	if result := h.agree(w, s); result != "" {
+		h.fail(w, result)
 		return
+	}
+	if !h.mustPush() {
+		h.bind(w)
+		return
+	}
+	a.retry = firstRetry
+	a.ends = h.deadline
+	h.push(w)
+}
+
+// agree makes ready what the bytes to the backend need, or returns why it is not to
+// get them.
+func (h *handshake) agree(w *worker, s *packet.Segment) (result string) {
+	a := &h.attempt
+	if err := h.learn(w, s); err != nil {
+		w.log.limited(w.now, "no way to a backend within its MSS", "backend", a.backend.Addr, "error", err)
+		return "no_nexthop"
 	}
 	if h.options.HasTimestamps && !s.Options.HasTimestamps {
 		// The client was promised timestamps and may drop what has none (RFC 7323
 		// 3.2).
-		h.phase = pushing // it has a connection now, which fail resets
-		a.peer = *s
 		w.log.limited(w.now, "backend has no timestamps: enable tcp_timestamps there", "backend", a.backend.Addr)
-		h.fail(w, "no_timestamps")
-		return
+		return "no_timestamps"
 	}
-	a.peer = *s
-	a.peer.Payload = nil
-	if h.acked == 0 {
-		h.bind(w)
-		return
-	}
-	h.phase = pushing
-	a.retry = firstRetry
-	a.ends = h.deadline
-	h.push(w)
+	return ""
 }
 
 // learn notes what the backend can do, for later clients. This one may have been
@@ -279,29 +291,39 @@ func (h *handshake) learn(w *worker, s *packet.Segment) error {
 	return nil
 }
 
-// push sends the backend the bytes that the client will not repeat. After the bind
-// the engine no longer sees the backend's ACKs, so they must be in before.
+// push sends the backend what it has not acknowledged. After the bind the engine
+// no longer sees the backend's ACKs, so what the client will not repeat must be in
+// before; the rest goes along, so that the backend can answer at once.
 func (h *handshake) push(w *worker) {
-	owned := h.hello.Bytes()[:h.acked]
-	size := h.segmentSize()
-	for at := 0; at < len(owned); at += size {
-		s := h.toBackend(w, packet.ACK|packet.PSH, at, owned[at:min(at+size, len(owned))])
-		w.sendBy(h.attempt.hop, &s)
+	a := &h.attempt
+	all, size := h.toPush(), h.segmentSize()
+	for at := int(a.ack - (a.isn + 1)); at < len(all); at += size {
+		s := h.toBackend(w, packet.ACK|packet.PSH, a.isn+1+uint32(at), all[at:min(at+size, len(all))])
+		w.sendBy(a.hop, &s)
 	}
 	h.retryAt(w)
 }
 
 // pushed: the backend acknowledged some of what was pushed, perhaps with its
-// answer, which waits for the bind.
+// answer, which waits for the bind. What is not kept of it comes again, for nobody
+// has acknowledged it.
 func (h *handshake) pushed(w *worker, s *packet.Segment) {
 	a := &h.attempt
-	if len(s.Payload) > 0 && s.Missing == 0 && len(a.pending) < maxPending && !w.memoryIsFull() {
+	if int32(s.Ack-a.start())-int32(len(h.stream())) > 0 {
+		return // it acknowledges what was never sent
+	}
+	if int32(s.Ack-a.ack) > 0 {
+		a.ack = s.Ack
+	}
+	done := !h.mustPush()
+	// The ACK that ends it is worth keeping by itself: the client waits for it.
+	if (s.End() != s.Seq || done) && s.Missing == 0 && len(a.pending) < maxPending && !w.memoryIsFull() {
 		kept := *s
 		kept.Payload = append([]byte(nil), s.Payload...)
 		a.pending = append(a.pending, kept)
 		h.account(w)
 	}
-	if int32(s.Ack-(a.isn+1+uint32(h.acked))) >= 0 {
+	if done {
 		h.bind(w)
 	}
 }

@@ -4,6 +4,7 @@ package engine
 
 import (
 	"errors"
+	"net/netip"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -36,7 +37,8 @@ type flow struct {
 	route, sni string
 	bound      int64
 	timeouts   *timeouts
-	closing    *closing // nil while neither side ended
+	closing    *closing        // nil while neither side ended
+	origin     *netip.AddrPort // the client by its PROXY header; nil: no other than the peer
 }
 
 type timeouts struct{ unconfirmed, idle, closing time.Duration }
@@ -67,6 +69,9 @@ func newFlow(h *handshake, generation uint16) *flow {
 	}
 	if r := h.decision.route; r != nil {
 		f.routeID = uint16(r.Index + 1)
+	}
+	if origin := h.origin.client; origin != h.client {
+		f.origin = &origin
 	}
 	f.owner = f
 	return f

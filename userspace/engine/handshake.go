@@ -34,7 +34,7 @@ type phase uint8
 const (
 	collecting phase = iota // the hello is not whole
 	connecting              // a SYN is out to a backend
-	pushing                 // the backend must still ACK bytes we ACKed
+	pushing                 // the backend must still ACK what only we can repeat
 	refused                 // decided, nothing more to do: remembered to stay silent
 )
 
@@ -45,6 +45,10 @@ type handshake struct {
 	listener int    // index in the configuration
 	cookie   uint32 // our initial sequence number on the client leg
 	phase    phase
+
+	proxied bool       // a PROXY header must come first
+	skip    int        // its length, 0 as long as it is not there
+	origin  connection // as it says, or the connection itself
 
 	hello   hello.Assembler
 	probed  bool   // a keepalive probe's byte stood before the hello
@@ -61,6 +65,7 @@ type handshake struct {
 	progress int64 // of the last new byte
 	deadline int64 // of the hello, then of the connect
 	sni      string
+	alpn     string // the client's offer, if it is one protocol
 	decision decision
 	attempt  attempt
 
@@ -78,7 +83,12 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 	if w.memoryIsFull() {
 		return nil
 	}
-	if !w.e.sources.enter(c.client.Addr(), limits.HellosPerSource) {
+	proxied := plan.config.Listeners[listener].TakesProxy(c.client.Addr())
+	perSource := limits.HellosPerSource
+	if proxied {
+		perSource = 0 // this address speaks for many
+	}
+	if !w.e.sources.enter(c.client.Addr(), perSource) {
 		w.stats.hellos[helloSourceLimit]++
 		w.log.limited(w.now, "too many hellos of one client: see limits.hellos_per_source", "client", c.client.Addr())
 		return nil
@@ -86,6 +96,8 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 	h := &handshake{
 		connection: c,
 		listener:   listener,
+		proxied:    proxied,
+		origin:     c,
 		cookie:     s.Ack - 1,
 		options:    cookieOptions(s.Ack-1, c.client.Addr().Is4()),
 		tsEcr:      s.Options.TSEcr,
@@ -190,7 +202,7 @@ func (h *handshake) take(w *worker, s *packet.Segment) bool {
 // acknowledged or a hello's: what comes there is a keepalive probe.
 func (h *handshake) aboveStart(s *packet.Segment) (seq uint32, payload []byte) {
 	below := int32(h.hello.Start() - s.Seq)
-	if below <= 0 || h.acked == 0 && !h.probed && h.phase == collecting {
+	if below <= 0 || !h.settled() {
 		return s.Seq, s.Payload
 	}
 	return h.hello.Start(), s.Payload[min(int(below), len(s.Payload)):]
@@ -218,13 +230,19 @@ func (w *worker) memoryIsFull() bool {
 // examine looks whether the hello is whole, and decides.
 func (h *handshake) examine(w *worker) {
 	plan := w.e.plan.Load()
-	bytes := h.hello.Bytes()
-	parsed, err := hello.Parse(bytes)
+	var parsed hello.Hello
+	err := h.readHeader()
+	if err == nil {
+		parsed, err = hello.Parse(h.stream())
+	}
 	switch {
 	case err == nil:
 		w.stats.hellos[helloOK]++
 		h.sni = parsed.ServerName
-		h.act(w, plan.decide(h.listener, h.connection, &parsed))
+		if len(parsed.ALPN) == 1 {
+			h.alpn = parsed.ALPN[0]
+		}
+		h.act(w, plan.decide(h.listener, h.origin, &parsed))
 	case errors.Is(err, hello.ErrNeedMore):
 		h.wait(w)
 	case errors.Is(err, hello.ErrNotTLS):
@@ -239,9 +257,9 @@ func (h *handshake) notTLS(w *worker, err error) {
 	bytes := h.hello.Bytes()
 	late := h.started + int64(notTLSAfter)
 	switch {
-	case h.skipProbe(w):
+	case h.skip == 0 && h.skipProbe(w):
 		h.examine(w)
-	case w.now < late && w.now < h.deadline && !hello.Plaintext(bytes):
+	case !h.settled() && w.now < late && w.now < h.deadline && !hello.Plaintext(bytes):
 		// Perhaps the second segment of a hello whose first is late.
 		w.timers.set(&h.timer, min(late, h.deadline))
 	case len(bytes) == 1 && w.now < h.deadline && !h.closed():
@@ -286,7 +304,7 @@ func (h *handshake) noHello(w *worker, err error) {
 	if errors.Is(err, hello.ErrTooLong) {
 		w.log.limited(w.now, "a client's hello is too long", "client", h.client, "error", err)
 	}
-	h.act(w, w.e.plan.Load().decideNotHello(h.connection, err))
+	h.act(w, w.e.plan.Load().decideNotHello(h.origin, err))
 }
 
 // closed reports whether the client has closed behind the bytes that came.
@@ -296,8 +314,7 @@ func (h *handshake) closed() bool { return h.fin && h.finAt == h.end() }
 // timer to look again.
 func (h *handshake) wait(w *worker) {
 	if h.closed() {
-		w.stats.hellos[helloCut]++
-		h.refuse(w, config.Reset)
+		h.cut(w)
 		return
 	}
 	have := len(h.hello.Bytes())
@@ -314,6 +331,21 @@ func (h *handshake) wait(w *worker) {
 		at = min(at, max(h.progress+int64(ackAfter), w.now+int64(ackAfter)/4))
 	}
 	w.timers.set(&h.timer, at)
+}
+
+// cut: the client closed before its hello was whole. Behind a PROXY header alone
+// that is a proxy which looks whether the port is open, and gets an orderly close.
+func (h *handshake) cut(w *worker) {
+	if h.skip == 0 || len(h.stream()) > 0 {
+		w.stats.hellos[helloCut]++
+		h.refuse(w, config.Reset)
+		return
+	}
+	w.stats.hellos[helloNone]++
+	s := h.toClient(packet.FIN | packet.ACK)
+	s.Ack = h.finAt + 1
+	w.send(&s)
+	w.drop(h)
 }
 
 // ack acknowledges h.acked bytes to the client.

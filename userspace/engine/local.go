@@ -57,7 +57,11 @@ func (h *handshake) takeLocal(w *worker) bool {
 	return false
 }
 
-// borrowClient takes the client's own address and port. No range of ports tells the
+// isClients reports whether a local is the address and port the client itself has.
+func (h *handshake) isClients(l local) bool { return l.AddrPort == h.connection.client }
+
+// borrowClient takes the client's own address and port, as a PROXY header tells them
+// if there is one of the backend's family. No range of ports tells the
 // kernel that the backend's answers are ours, so an entry does, until the bind puts
 // the flow's in its place.
 func (h *handshake) borrowClient(w *worker) bool {
@@ -65,7 +69,11 @@ func (h *handshake) borrowClient(w *worker) bool {
 	if old := w.flows[h.connection]; old != nil {
 		old.remove(w, "replaced") // a SYN found it closed, or there would be no hello
 	}
-	tuple := maps.Tuple{Src: a.backend.Addr, Dst: h.connection.client}
+	client := h.origin.client
+	if client.Addr().Is4() != a.backend.Addr.Addr().Is4() {
+		client = h.connection.client
+	}
+	tuple := maps.Tuple{Src: a.backend.Addr, Dst: client}
 	pending := maps.Entry{To: tuple, Flow: maps.Flow{Control: maps.FlowControl(0, 0, w.id) | maps.FlowPending}}
 	err := w.e.o.Tables.InsertFlow(maps.LegBackend, tuple, &pending)
 	if errors.Is(err, ebpf.ErrKeyExist) {
@@ -75,7 +83,7 @@ func (h *handshake) borrowClient(w *worker) bool {
 		w.log.limited(w.now, "no entry for a connection to a backend", "backend", a.backend.Addr, "error", err)
 		return false
 	}
-	a.local = local{AddrPort: h.connection.client}
+	a.local = local{AddrPort: client}
 	w.leases[tuple] = lease{handshake: h}
 	return true
 }

@@ -12,7 +12,8 @@ import (
 
 // Flow is a connection as `snilb flows` shows it.
 type Flow struct {
-	Client   string  `json:"client"`
+	Client   string  `json:"client"`         // by its PROXY header, if there is one
+	Peer     string  `json:"peer,omitempty"` // who speaks for it
 	Listener string  `json:"listener"`
 	SNI      string  `json:"sni"`
 	Route    string  `json:"route"`
@@ -66,7 +67,7 @@ func (e *Engine) Flows() ([]Flow, error) {
 
 func (h *handshake) status(now int64) Flow {
 	f := Flow{
-		Client:   h.client.String(),
+		Client:   h.origin.client.String(),
 		Listener: h.connection.listener.String(),
 		SNI:      h.sni,
 		Route:    h.decision.routeName(),
@@ -74,6 +75,9 @@ func (h *handshake) status(now int64) Flow {
 		State:    "hello",
 		Age:      seconds(time.Duration(now - h.started)),
 		Idle:     seconds(time.Duration(now - h.progress)),
+	}
+	if h.origin.client != h.client {
+		f.Peer = h.client.String()
 	}
 	switch h.phase {
 	case connecting, pushing:
@@ -94,6 +98,9 @@ func (f *flow) status(now int64) Flow {
 		Backend:  f.backend.Addr.String(),
 		State:    "open",
 		Age:      seconds(time.Duration(now - f.bound)),
+	}
+	if f.origin != nil {
+		s.Client, s.Peer = f.origin.String(), s.Client
 	}
 	if f.closing != nil {
 		s.State = "closing"
