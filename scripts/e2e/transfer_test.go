@@ -24,22 +24,32 @@ import (
 // download fetches bulkSize bytes and checks them against the digest that the backend took of what it sent.
 func download(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string) {
 	t.Helper()
-	resp, err := httpClient(bed, target, &tls.Config{ServerName: name}).Get(fmt.Sprintf("https://backend/big?n=%d", bulkSize))
+	downloadSize(t, bed, target, name, bulkSize)
+}
+
+func downloadSize(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string, size int64) {
+	t.Helper()
+	resp, err := httpClient(bed, target, &tls.Config{ServerName: name}).Get(fmt.Sprintf("https://backend/big?n=%d", size))
 	must(t, err)
 	defer func() { _ = resp.Body.Close() }()
 	hash := sha256.New()
 	n, err := io.Copy(hash, resp.Body)
 	must(t, err)
-	if got, want := hex.EncodeToString(hash.Sum(nil)), resp.Trailer.Get("X-Sha256"); n != bulkSize || got != want {
-		t.Errorf("download: %d bytes with SHA-256 %s, backend sent %d with %s", n, got, bulkSize, want)
+	if got, want := hex.EncodeToString(hash.Sum(nil)), resp.Trailer.Get("X-Sha256"); n != size || got != want {
+		t.Errorf("download: %d bytes with SHA-256 %s, backend sent %d with %s", n, got, size, want)
 	}
 }
 
 // upload sends bulkSize bytes, of which the backend says count and digest.
 func upload(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string) {
 	t.Helper()
+	uploadSize(t, bed, target, name, bulkSize)
+}
+
+func uploadSize(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string, size int64) {
+	t.Helper()
 	hash := sha256.New()
-	body := io.TeeReader(io.LimitReader(testbed.Noise(7), bulkSize), hash)
+	body := io.TeeReader(io.LimitReader(testbed.Noise(7), size), hash)
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, "https://backend/upload", body)
 	must(t, err)
 	resp, err := httpClient(bed, target, &tls.Config{ServerName: name}).Do(req)
@@ -47,7 +57,7 @@ func upload(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string) 
 	defer func() { _ = resp.Body.Close() }()
 	answer, err := io.ReadAll(resp.Body)
 	must(t, err)
-	if want := fmt.Sprintf("%d %x", bulkSize, hash.Sum(nil)); strings.TrimSpace(string(answer)) != want {
+	if want := fmt.Sprintf("%d %x", size, hash.Sum(nil)); strings.TrimSpace(string(answer)) != want {
 		t.Errorf("upload: backend got %s, want %s", answer, want)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"container/heap"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"math/rand/v2"
 	"os"
 	"sync"
@@ -52,8 +53,9 @@ type Impairment struct {
 type Frame struct {
 	At time.Time
 	Direction
-	Segment     // without its payload when it is read from a record
-	Bytes   int // of payload
+	Segment        // without its payload when it is read from a record
+	Bytes   int    // of payload
+	Sum     uint32 // CRC-32 of the payload, only in a record
 	Fate    Fate
 }
 
@@ -156,6 +158,7 @@ func (w *Wire) judge(d Direction, frame []byte, now time.Time) (fate Fate, wait 
 		f.Fate = Carried
 	}
 	if w.recording {
+		f.Sum = crc32.ChecksumIEEE(s.Payload)
 		f.Options, f.Payload = append([]byte(nil), s.Options...), nil
 		w.frames = append(w.frames, f)
 	}
