@@ -24,7 +24,12 @@ import (
 // download fetches bulkSize bytes and checks them against the digest that the backend took of what it sent.
 func download(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string) {
 	t.Helper()
-	downloadBy(t, httpClient(bed, target, &tls.Config{ServerName: name}), bulkSize)
+	downloadSize(t, bed, target, name, bulkSize)
+}
+
+func downloadSize(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string, size int64) {
+	t.Helper()
+	downloadBy(t, httpClient(bed, target, &tls.Config{ServerName: name}), size)
 }
 
 func downloadBy(t *testing.T, client *http.Client, size int64) {
@@ -43,7 +48,12 @@ func downloadBy(t *testing.T, client *http.Client, size int64) {
 // upload sends bulkSize bytes, of which the backend says count and digest.
 func upload(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string) {
 	t.Helper()
-	uploadBy(t, httpClient(bed, target, &tls.Config{ServerName: name}), bulkSize)
+	uploadSize(t, bed, target, name, bulkSize)
+}
+
+func uploadSize(t *testing.T, bed *testbed.Bed, target netip.AddrPort, name string, size int64) {
+	t.Helper()
+	uploadBy(t, httpClient(bed, target, &tls.Config{ServerName: name}), size)
 }
 
 func uploadBy(t *testing.T, client *http.Client, size int64) {

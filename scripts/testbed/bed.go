@@ -39,12 +39,21 @@ type Options struct {
 	// XDP prepares the far ends of the load balancer's interfaces for native XDP: whole checksums towards it, and GRO on,
 	// because a veth accepts redirected frames only when its peer runs NAPI.
 	XDP bool
+	// Wires puts a [Wire] into both legs, without offloads, so that what it carries are packets as a cable has them. Only for
+	// Routed.
+	Wires bool
+	// ClientHop and BackendHop put two routers with a link of that MTU between them into a leg. Only for Routed, without
+	// Wires, and without [Raw] clients.
+	ClientHop, BackendHop int
 }
 
 // Bed is a network of namespaces that is up. Its fields are set by [New] and only read afterwards.
 type Bed struct {
 	Client, LB, Backend *NS
 	LAN                 *NS // the bridge of OneArmed, otherwise nil
+
+	// ClientWire and BackendWire are what stands in the legs with Options.Wires.
+	ClientWire, BackendWire *Wire
 
 	// Uplinks are the load balancer's interfaces that face clients.
 	Uplinks []string
@@ -57,8 +66,10 @@ type Bed struct {
 	Clients4, Clients6   []netip.Addr
 	Backends4, Backends6 []netip.Addr
 
-	opts Options
-	all  []*NS
+	opts                  Options
+	number                int64 // in this process
+	all                   []*NS
+	clientHop, backendHop *hop
 }
 
 // The networks of the package comment.
@@ -82,7 +93,10 @@ func New(opts Options) (_ *Bed, err error) {
 		return nil, errors.New("network namespaces need root")
 	}
 	sweep()
-	b := &Bed{opts: opts.withDefaults()}
+	if err := opts.check(); err != nil {
+		return nil, err
+	}
+	b := &Bed{opts: opts.withDefaults(), number: beds.Add(1)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.Close())
@@ -105,6 +119,12 @@ func New(opts Options) (_ *Bed, err error) {
 // Close removes everything New made, and kills the commands started in it that still run. It does not wait for them.
 func (b *Bed) Close() error {
 	var errs []error
+	for _, w := range []*Wire{b.ClientWire, b.BackendWire} {
+		if w != nil {
+			errs = append(errs, w.close())
+		}
+	}
+	b.ClientWire, b.BackendWire = nil, nil
 	for _, ns := range b.all {
 		errs = append(errs, ns.close())
 	}
@@ -124,8 +144,15 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
+func (o Options) check() error {
+	hops := o.ClientHop != 0 || o.BackendHop != 0
+	if (hops || o.Wires) && o.Topology != Routed || hops && o.Wires {
+		return errors.New("wires, or hops, are for the topology Routed")
+	}
+	return nil
+}
+
 func (b *Bed) addNamespaces() error {
-	n := beds.Add(1)
 	roles := []struct {
 		name string
 		ns   **NS
@@ -134,22 +161,48 @@ func (b *Bed) addNamespaces() error {
 		roles = roles[:3]
 	}
 	for _, r := range roles {
-		ns, err := newNS(fmt.Sprintf("%s%d-%d-%s", namePrefix, os.Getpid(), n, r.name))
-		if err != nil {
-			return err
-		}
-		*r.ns = ns
-		b.all = append(b.all, ns)
-		if err := ns.basics(); err != nil {
+		if err := b.addNamespace(r.name, r.ns); err != nil {
 			return err
 		}
 	}
-	return nil
+	return b.addBetween()
+}
+
+func (b *Bed) addNamespace(role string, to **NS) error {
+	ns, err := newNS(fmt.Sprintf("%s%d-%d-%s", namePrefix, os.Getpid(), b.number, role))
+	if err != nil {
+		return err
+	}
+	*to = ns
+	b.all = append(b.all, ns)
+	return ns.basics()
+}
+
+// addBetween makes what stands in the legs.
+func (b *Bed) addBetween() (err error) {
+	if b.opts.ClientHop != 0 {
+		if b.clientHop, err = b.addHop(clientHop, "client", b.opts.ClientHop); err != nil {
+			return err
+		}
+	}
+	if b.opts.BackendHop != 0 {
+		if b.backendHop, err = b.addHop(backendHop, "backend", b.opts.BackendHop); err != nil {
+			return err
+		}
+	}
+	if !b.opts.Wires {
+		return nil
+	}
+	b.ClientWire, b.BackendWire = &Wire{}, &Wire{}
+	return errors.Join(b.addNamespace("clientwire", &b.ClientWire.ns), b.addNamespace("backendwire", &b.BackendWire.ns))
 }
 
 // plan hands out the addresses.
 func (b *Bed) plan() {
 	b.VIP4, b.VIP6 = nth(clientNet4, 1), nth(clientNet6, 1)
+	if h := b.clientHop; h != nil {
+		b.VIP4, b.VIP6 = nth(h.net4, 1), nth(h.net6, 1)
+	}
 	b.ExtraVIP4, b.ExtraVIP6 = extraVIP4, extraVIP6
 	b.Uplinks = []string{"eth0"}
 	if b.opts.Topology == TwoUplinks {
@@ -180,17 +233,19 @@ type leg struct {
 	far4    []netip.Addr
 	far6    []netip.Addr
 	gateway bool // the far side's default route is this leg
+	wire    *Wire
+	hop     *hop
 }
 
 func (b *Bed) legs() []leg {
 	o := b.opts
 	legs := []leg{
-		{"eth0", b.Client, "eth0", o.ClientMTU, clientNet4, clientNet6, b.Clients4, b.Clients6, true},
-		{"eth1", b.Backend, "eth0", o.BackendMTU, backendNet4, backendNet6, b.Backends4, b.Backends6, true},
+		{"eth0", b.Client, "eth0", o.ClientMTU, clientNet4, clientNet6, b.Clients4, b.Clients6, true, b.ClientWire, b.clientHop},
+		{"eth1", b.Backend, "eth0", o.BackendMTU, backendNet4, backendNet6, b.Backends4, b.Backends6, true, b.BackendWire, b.backendHop},
 	}
 	if o.Topology == TwoUplinks {
 		far4, far6 := []netip.Addr{nth(uplinkNet4, 2)}, []netip.Addr{nth(uplinkNet6, 2)}
-		legs = append(legs, leg{"eth2", b.Client, "eth1", o.ClientMTU, uplinkNet4, uplinkNet6, far4, far6, false})
+		legs = append(legs, leg{"eth2", b.Client, "eth1", o.ClientMTU, uplinkNet4, uplinkNet6, far4, far6, false, nil, nil})
 	}
 	return legs
 }
@@ -207,7 +262,11 @@ func (b *Bed) buildRouted() error {
 		return err
 	}
 	for _, l := range b.legs() {
-		if err := b.connect(l); err != nil {
+		connect := b.connect
+		if l.hop != nil {
+			connect = b.connectHop
+		}
+		if err := connect(l); err != nil {
 			return fmt.Errorf("leg %s of the load balancer: %w", l.lbDev, err)
 		}
 	}
@@ -215,7 +274,7 @@ func (b *Bed) buildRouted() error {
 }
 
 func (b *Bed) connect(l leg) error {
-	if err := veth(b.LB, l.lbDev, l.far, l.farDev, l.mtu); err != nil {
+	if err := b.cable(l); err != nil {
 		return err
 	}
 	if err := b.LB.setUp(l.lbDev, bits(l.net4, nth(l.net4, 1)), bits(l.net6, nth(l.net6, 1))); err != nil {
@@ -226,13 +285,44 @@ func (b *Bed) connect(l leg) error {
 		return err
 	}
 	if l.gateway {
-		for _, gw := range []netip.Addr{nth(l.net4, 1), nth(l.net6, 1)} {
-			if err := l.far.route(l.farDev, netip.PrefixFrom(zero(gw), 0), gw); err != nil {
-				return err
-			}
-		}
+		return l.far.defaultRoute(l.farDev, nth(l.net4, 1), nth(l.net6, 1))
+	}
+	return nil
+}
+
+// cable joins the two ends of a leg, by a wire if it has one.
+func (b *Bed) cable(l leg) error {
+	if l.wire != nil {
+		return b.layWire(l)
+	}
+	if err := veth(b.LB, l.lbDev, l.far, l.farDev, l.mtu); err != nil {
+		return err
 	}
 	return b.tune(b.LB, l.lbDev, l.far, l.farDev)
+}
+
+// layWire joins the two ends by way of the wire's namespace, in which no address and no IPv6 keeps the kernel silent.
+func (b *Bed) layWire(l leg) error {
+	w := l.wire
+	if err := w.ns.Sysctl("ipv6/conf/default/disable_ipv6", "1"); err != nil {
+		return err
+	}
+	if err := veth(b.LB, l.lbDev, w.ns, "near", l.mtu); err != nil {
+		return err
+	}
+	if err := veth(w.ns, "far", l.far, l.farDev, l.mtu); err != nil {
+		return err
+	}
+	err := errors.Join(
+		b.LB.Offload(l.lbDev, false, TSO, GSO, GRO, TxChecksum), l.far.Offload(l.farDev, false, TSO, GSO, GRO, TxChecksum),
+		w.ns.Offload("near", false, GRO), w.ns.Offload("far", false, GRO),
+		b.tune(b.LB, l.lbDev, w.ns, "near"),
+		w.ns.neverMerge("near"),
+		w.ns.setUp("near"), w.ns.setUp("far"))
+	if err != nil {
+		return err
+	}
+	return w.start("near", "far")
 }
 
 // tune sets the offloads of both ends of a cable; far is the end away from the load balancer.

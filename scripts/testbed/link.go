@@ -184,6 +184,13 @@ func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(p.Bits(), addr.BitLen())}
 }
 
+// neverMerge lets a device have GRO on, which a peer with XDP asks for, and yet take every packet as it is.
+func (ns *NS) neverMerge(dev string) error {
+	return ns.withLink(dev, func(h *netlink.Handle, link netlink.Link) error {
+		return errors.Join(h.LinkSetGROMaxSize(link, 1), h.LinkSetGROIPv4MaxSize(link, 1))
+	})
+}
+
 // An Offload is something a network device may do in place of the stack.
 type Offload uint32
 
