@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -69,6 +70,7 @@ func attachFlags() []cli.Flag {
 		&cli.DurationFlag{Name: "drain-timeout", Usage: "how long connections may go on after TERM, as `DURATION`", Value: defaultDrainTimeout},
 		&cli.StringFlag{Name: "log-format", Usage: "`FORMAT`: text or json", Value: "text"},
 		&cli.IntFlag{Name: "workers", Hidden: true, Value: min(runtime.NumCPU(), defaultMaxWorkers)},
+		&cli.StringFlag{Name: "source-ports", Hidden: true, Value: fmt.Sprintf("%d-%d", loader.DefaultSourcePortFirst, loader.DefaultSourcePortLast)},
 		// Part of the contract, but not built yet.
 		&cli.BoolFlag{Name: "watch", Hidden: true},
 		&cli.StringFlag{Name: "metrics", Hidden: true},
@@ -89,6 +91,7 @@ type attachOptions struct {
 	drainTimeout time.Duration
 	jsonLogs     bool
 	workers      int
+	sourcePorts  [2]uint16 // towards backends, first and last
 }
 
 func readAttachOptions(c *cli.Context) (attachOptions, error) {
@@ -112,6 +115,9 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 	if _, err := loader.SocketPath(o.name); err != nil {
 		return o, fmt.Errorf("--name: %w", err)
 	}
+	if o.sourcePorts, err = readPortRange(c.String("source-ports")); err != nil {
+		return o, err
+	}
 	switch {
 	case o.routes == "":
 		return o, fmt.Errorf("attach needs --routes FILE")
@@ -127,6 +133,29 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		return o, fmt.Errorf("--workers %d: use 1 to %d", o.workers, maps.MaxWorkers)
 	}
 	return o, nil
+}
+
+// readPortRange reads FIRST-LAST. Whether there are enough for the workers is the
+// loader's to say.
+func readPortRange(word string) (ports [2]uint16, err error) {
+	ends := strings.Split(word, "-")
+	if len(ends) == len(ports) {
+		for i, text := range ends {
+			port, err := strconv.ParseUint(text, 10, 16)
+			if err != nil {
+				return ports, badPortRange(word)
+			}
+			ports[i] = uint16(port)
+		}
+	}
+	if ports[0] == 0 || ports[1] < ports[0] {
+		return ports, badPortRange(word)
+	}
+	return ports, nil
+}
+
+func badPortRange(word string) error {
+	return fmt.Errorf("--source-ports %q: use FIRST-LAST, from 1 to 65535 and FIRST not above LAST", word)
 }
 
 // refuseUnsupported refuses what the contract has and this build does not.

@@ -30,43 +30,49 @@ func parseAttach(t *testing.T, line string) (o attachOptions, errText string) {
 }
 
 func TestAttachOptions(t *testing.T) {
-	o, errText := parseAttach(t, "eth0 eth1=tc --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --mode tc --on-exit detach --on-dead pass")
+	o, errText := parseAttach(t, "eth0 eth1=tc --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --source-ports 20000-20003 --mode tc --on-exit detach --on-dead pass")
 	want := attachOptions{
 		interfaces: []string{"eth0", "eth1"}, routes: "r.yaml", name: "edge", socket: "/x.sock", order: loader.OrderLast,
-		deadAfter: 4 * time.Second, jsonLogs: true, workers: 3,
+		deadAfter: 4 * time.Second, jsonLogs: true, workers: 3, sourcePorts: [2]uint16{20000, 20003},
 	}
 	if d := cmp.Diff(want, o, cmp.AllowUnexported(attachOptions{})); d != "" || errText != "" {
 		t.Errorf("%s, -want +got:\n%s", errText, d)
 	}
 	o, errText = parseAttach(t, "eth0 --routes r.yaml")
-	if errText != "" || o.name != loader.DefaultName || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.workers < 1 || o.workers > 8 {
+	if errText != "" || o.name != loader.DefaultName || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.workers < 1 || o.workers > 8 || o.sourcePorts != [2]uint16{10000, 29999} {
 		t.Errorf("the defaults: %+v, %s", o, errText)
 	}
 }
 
 func TestAttachRefuses(t *testing.T) {
 	for line, want := range map[string]string{
-		"":                                 "attach needs at least one interface",
-		"eth0":                             "attach needs --routes FILE",
-		"eth0 eth0=tc --routes r":          "interface eth0 is named twice",
-		"=tc --routes r":                   `"=tc" names no interface`,
-		"eth0=xdp --routes r":              "eth0=xdp: xdp is not supported yet: use tc",
-		"eth0 --mode xdp-generic":          "--mode xdp-generic: xdp-generic is not supported yet",
-		"eth0 --mode fast":                 `no mode "fast"`,
-		"eth0 --on-exit keep":              "--on-exit keep is not supported yet: use detach",
-		"eth0 --on-dead hold":              "--on-dead hold is not supported yet: use pass",
-		"eth0 --on-dead x":                 `--on-dead cannot be "x"`,
-		"eth0 --watch":                     "--watch is not supported yet",
-		"eth0 --metrics :9":                "--metrics is not supported yet",
-		"eth0 --cookie-key k":              "--cookie-key is not supported yet",
-		"eth0 --access-log -":              "--access-log is not supported yet",
-		"eth0 --drain-delay 1s":            "--drain-delay is not supported yet",
-		"eth0 --routes r --order middle":   `--order "middle"`,
-		"eth0 --routes r --name A/b":       "--name: instance name",
-		"eth0 --routes r --dead-after 1ms": "--dead-after 1ms: use 2s or more",
-		"eth0 --routes r --dead-after 9":   "invalid value",
-		"eth0 --routes r --log-format xml": `--log-format "xml"`,
-		"eth0 --routes r --workers 65":     "--workers 65: use 1 to 64",
+		"":                                           "attach needs at least one interface",
+		"eth0":                                       "attach needs --routes FILE",
+		"eth0 eth0=tc --routes r":                    "interface eth0 is named twice",
+		"=tc --routes r":                             `"=tc" names no interface`,
+		"eth0=xdp --routes r":                        "eth0=xdp: xdp is not supported yet: use tc",
+		"eth0 --mode xdp-generic":                    "--mode xdp-generic: xdp-generic is not supported yet",
+		"eth0 --mode fast":                           `no mode "fast"`,
+		"eth0 --on-exit keep":                        "--on-exit keep is not supported yet: use detach",
+		"eth0 --on-dead hold":                        "--on-dead hold is not supported yet: use pass",
+		"eth0 --on-dead x":                           `--on-dead cannot be "x"`,
+		"eth0 --watch":                               "--watch is not supported yet",
+		"eth0 --metrics :9":                          "--metrics is not supported yet",
+		"eth0 --cookie-key k":                        "--cookie-key is not supported yet",
+		"eth0 --access-log -":                        "--access-log is not supported yet",
+		"eth0 --drain-delay 1s":                      "--drain-delay is not supported yet",
+		"eth0 --routes r --order middle":             `--order "middle"`,
+		"eth0 --routes r --name A/b":                 "--name: instance name",
+		"eth0 --routes r --dead-after 1ms":           "--dead-after 1ms: use 2s or more",
+		"eth0 --routes r --dead-after 9":             "invalid value",
+		"eth0 --routes r --log-format xml":           `--log-format "xml"`,
+		"eth0 --routes r --workers 65":               "--workers 65: use 1 to 64",
+		"eth0 --routes r --source-ports x":           `--source-ports "x": use FIRST-LAST`,
+		"eth0 --routes r --source-ports 20000":       `--source-ports "20000": use FIRST-LAST`,
+		"eth0 --routes r --source-ports 20003-20000": `--source-ports "20003-20000": use FIRST-LAST`,
+		"eth0 --routes r --source-ports 0-9":         `--source-ports "0-9": use FIRST-LAST`,
+		"eth0 --routes r --source-ports 1-2-3":       `--source-ports "1-2-3": use FIRST-LAST`,
+		"eth0 --routes r --source-ports 1-65536":     `--source-ports "1-65536": use FIRST-LAST`,
 	} {
 		if _, errText := parseAttach(t, line); !strings.Contains(errText, want) {
 			t.Errorf("%s: %q, want %q", line, errText, want)

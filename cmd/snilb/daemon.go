@@ -59,6 +59,7 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 	}
 	s.instance, err = loader.Load(loader.Options{
 		Name: o.name, Interfaces: o.interfaces, Workers: o.workers, FlowEntries: c.Limits.Flows,
+		SourcePortFirst: o.sourcePorts[0], SourcePortLast: o.sourcePorts[1],
 		DeadAfter: o.deadAfter, Order: o.order, Logger: s.log,
 	})
 	if err != nil {
@@ -122,8 +123,8 @@ func (s *server) engineOptions() engine.Options {
 			return engine.Hop{Index: hop.Index, MTU: hop.MTU, Source: hop.Source}, err
 		},
 		MSS:             s.instance.MTU,
-		SourcePortFirst: loader.DefaultSourcePortFirst,
-		SourcePortLast:  loader.DefaultSourcePortLast,
+		SourcePortFirst: s.o.sourcePorts[0],
+		SourcePortLast:  s.o.sourcePorts[1],
 		Log:             s.log,
 	}
 	for i, queue := range s.instance.TapQueues() {
