@@ -210,7 +210,7 @@ func hurry(bed *testbed.Bed, target netip.AddrPort, first []byte, left *atomic.I
 	return bed.Client.Do(func() error {
 		d := net.Dialer{Timeout: clientTimeout}
 		for left.Add(-1) >= 0 {
-			c, err := d.Dial("tcp4", target.String())
+			c, err := d.Dial("tcp", target.String())
 			if err != nil {
 				return err
 			}

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"snilb/scripts/testbed"
+)
+
+// counters is what the tests of limits read of `snilb status -o json`.
+type counters struct {
+	Engine struct {
+		Flows      int               `json:"flows"`
+		HalfOpen   int               `json:"half_open"`
+		HelloBytes int64             `json:"hello_bytes"`
+		Hellos     map[string]uint64 `json:"hellos"`
+		Events     map[string]uint64 `json:"events"`
+		Closed     map[string]uint64 `json:"closed"`
+		Connects   []struct {
+			Result string `json:"result"`
+			Count  uint64 `json:"count"`
+		} `json:"connects"`
+	} `json:"engine"`
+	Interfaces []struct {
+		Packets map[string]uint64 `json:"packets"`
+	} `json:"interfaces"`
+}
+
+func (d *daemon) counters() counters {
+	d.t.Helper()
+	out, err := d.snilb("status", "--name", d.name, "-o", "json")
+	must(d.t, err)
+	var c counters
+	must(d.t, json.Unmarshal([]byte(out), &c))
+	return c
+}
+
+// connects sums a result over the backends.
+func (c *counters) connects(result string) (n uint64) {
+	for _, one := range c.Engine.Connects {
+		if one.Result == result {
+			n += one.Count
+		}
+	}
+	return n
+}
+
+// packets sums an action/reason over the interfaces.
+func (c *counters) packets(name string) (n uint64) {
+	for _, i := range c.Interfaces {
+		n += i.Packets[name]
+	}
+	return n
+}
+
+// waitCounters waits until the counters satisfy ok.
+func (d *daemon) waitCounters(what string, wait time.Duration, ok func(*counters) bool) counters {
+	d.t.Helper()
+	var c counters
+	for deadline := time.Now().Add(wait); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		if c = d.counters(); ok(&c) {
+			return c
+		}
+	}
+	d.t.Fatalf("status: want %s within %s, have %+v", what, wait, c)
+	return c
+}
+
+// wantLogged asks for a line, and for no more of them than one a second since began.
+func (d *daemon) wantLogged(text string, began time.Time) {
+	d.t.Helper()
+	n := strings.Count(d.stderr.String(), text)
+	if most := int(time.Since(began)/time.Second) + 1; n < 1 || n > most {
+		d.t.Errorf("%d log lines say %q in %s, want 1 to %d", n, text, time.Since(began), most)
+	}
+}
+
+// dialFrom connects from one of the client's addresses.
+func dialFrom(t *testing.T, bed *testbed.Bed, from netip.Addr) net.Conn {
+	t.Helper()
+	d := net.Dialer{Timeout: clientTimeout, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))}
+	c, err := bed.Client.DialWith(t.Context(), &d, "tcp", vip(bed, from.Is6()).String())
+	must(t, err)
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// clientsOf are the client's addresses of a family.
+func clientsOf(bed *testbed.Bed, v6 bool) []netip.Addr {
+	if v6 {
+		return bed.Clients6
+	}
+	return bed.Clients4
+}
