@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"encoding/json"
-	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -79,16 +78,6 @@ func (d *daemon) wantLogged(text string, began time.Time) {
 	if most := int(time.Since(began)/time.Second) + 1; n < 1 || n > most {
 		d.t.Errorf("%d log lines say %q in %s, want 1 to %d", n, text, time.Since(began), most)
 	}
-}
-
-// dialFrom connects from one of the client's addresses.
-func dialFrom(t *testing.T, bed *testbed.Bed, from netip.Addr) net.Conn {
-	t.Helper()
-	d := net.Dialer{Timeout: clientTimeout, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))}
-	c, err := bed.Client.DialWith(t.Context(), &d, "tcp", vip(bed, from.Is6()).String())
-	must(t, err)
-	t.Cleanup(func() { _ = c.Close() })
-	return c
 }
 
 // clientsOf are the client's addresses of a family.

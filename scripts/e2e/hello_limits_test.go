@@ -264,7 +264,7 @@ func TestHelloMemory(t *testing.T) {
 		var half []net.Conn
 		for i := range 40 {
 			addrs := clientsOf(bed, v6)
-			c := dialFrom(t, bed, addrs[i%len(addrs)])
+			c := dialFrom(t, bed, addrs[i%len(addrs)], vip(bed, addrs[i%len(addrs)].Is6()))
 			_, err := c.Write(endless(400))
 			must(t, err)
 			half = append(half, c)
@@ -278,7 +278,7 @@ func TestHelloMemory(t *testing.T) {
 		var late sync.WaitGroup
 		late.Go(func() { // its hello is refused, and repeated until there is room
 			addrs := clientsOf(bed, v6)
-			raw := dialFrom(t, bed, addrs[0])
+			raw := dialFrom(t, bed, addrs[0], vip(bed, addrs[0].Is6()))
 			s := tls.Client(raw, trusting(classic("a.example.com"))) // one segment: once in, it is whole
 			if err := ping(s, "late"); err != nil {
 				t.Errorf("a client that came while memory was full: %v", err)
@@ -312,21 +312,21 @@ func TestHellosPerSource(t *testing.T) {
 	began := time.Now()
 	families(t, func(t *testing.T, v6 bool) {
 		greedy, other := clientsOf(bed, v6)[0], clientsOf(bed, v6)[1]
-		old := handshake(t, dialFrom(t, bed, greedy), &tls.Config{ServerName: "a.example.com"})
+		old := handshake(t, dialFrom(t, bed, greedy, vip(bed, greedy.Is6())), &tls.Config{ServerName: "a.example.com"})
 		before := d.counters()
 		for range 6 {
-			_, err := dialFrom(t, bed, greedy).Write(endless(400))
+			_, err := dialFrom(t, bed, greedy, vip(bed, greedy.Is6())).Write(endless(400))
 			must(t, err)
 		}
 		d.waitCounters("the limit per source", 2*time.Second, func(c *counters) bool {
 			return c.Engine.Hellos["source_limit"] >= before.Engine.Hellos["source_limit"]+2
 		})
-		must(t, ping(handshake(t, dialFrom(t, bed, other), &tls.Config{ServerName: "a.example.com"}), "another"))
+		must(t, ping(handshake(t, dialFrom(t, bed, other, vip(bed, other.Is6())), &tls.Config{ServerName: "a.example.com"}), "another"))
 		if c := d.counters(); c.Engine.HalfOpen != 4 {
 			t.Errorf("%d half-open connections, want the 4 of the limit still to be there", c.Engine.HalfOpen)
 		}
 		must(t, ping(old, "still here"))
-		must(t, ping(handshake(t, dialFrom(t, bed, greedy), &tls.Config{ServerName: "a.example.com"}), "its turn"))
+		must(t, ping(handshake(t, dialFrom(t, bed, greedy, vip(bed, greedy.Is6())), &tls.Config{ServerName: "a.example.com"}), "its turn"))
 		d.wantLogged("too many hellos of one client", began)
 		must(t, ping(old, "still here"))
 	})
