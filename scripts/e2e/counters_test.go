@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"net/netip"
 	"strings"
-	"testing"
 	"time"
 
 	"snilb/scripts/testbed"
