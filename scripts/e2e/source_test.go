@@ -70,9 +70,13 @@ func samePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 	for round := range 6 {
 		c, err := dialFromPort(bed, target, 7777)
 		must(t, err)
+		began := time.Now()
 		s := handshake(t, c, classic("a.example.com"))
 		if got := seenFrom(t, s, "b1"); got.Port() != 7777 {
 			t.Errorf("round %d: the backend saw %s", round, got)
+		}
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("round %d took %s", round, took)
 		}
 		if round%2 == 0 {
 			must(t, c.(*net.TCPConn).SetLinger(0)) // RST, which leaves no TIME_WAIT here

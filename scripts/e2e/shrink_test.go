@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"snilb/scripts/testbed"
+)
+
+// filterICMP drops ICMP errors that come in: whoever stands behind such a firewall is never told of a smaller MTU.
+func filterICMP(t *testing.T, ns *testbed.NS) {
+	t.Helper()
+	needTool(t, "nft")
+	cmd := ns.Command(t.Context(), "nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(`table inet noicmp {
+	chain in {
+		type filter hook input priority 0
+		icmp type destination-unreachable drop
+		icmpv6 type { packet-too-big, destination-unreachable } drop
+	}
+}
+`)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		need(t, "nftables", fmt.Errorf("%w\n%s", err, out))
+	}
+}
+
+// setMTU changes a device of the load balancer.
+func setMTU(t *testing.T, bed *testbed.Bed, dev string, mtu int) {
+	t.Helper()
+	out, err := bed.LB.Command(t.Context(), "ip", "link", "set", dev, "mtu", fmt.Sprint(mtu)).CombinedOutput()
+	if err != nil {
+		t.Fatalf("ip link: %v\n%s", err, out)
+	}
+}
+
+// forgetPMTU makes both hosts forget what ICMP told them before.
+func forgetPMTU(t *testing.T, bed *testbed.Bed) {
+	t.Helper()
+	for _, ns := range []*testbed.NS{bed.Client, bed.Backend} {
+		for _, family := range []string{"-4", "-6"} {
+			if out, err := ns.Command(t.Context(), "ip", family, "route", "flush", "cache").CombinedOutput(); err != nil {
+				t.Fatalf("ip route: %v\n%s", err, out)
+			}
+		}
+	}
+}
+
+// keepAlive is a client that keeps its connection from one request to the next, and a count of those it made.
+func keepAlive(bed *testbed.Bed, target netip.AddrPort, name string) (*http.Client, *atomic.Int64) {
+	client, dials := httpClient(bed, target, &tls.Config{ServerName: name}), &atomic.Int64{}
+	transport := client.Transport.(*http.Transport)
+	transport.DisableKeepAlives = false
+	dial := transport.DialContext
+	transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		dials.Add(1)
+		return dial(ctx, network, addr)
+	}
+	return client, dials
+}
+
+// TestShrinkingLink lowers the MTU of the balancer's own link to one side while connections are open, which were promised
+// more. Their senders are told by ICMP; those that never hear of it are slow and do not stall.
+func TestShrinkingLink(t *testing.T) {
+	for _, deaf := range []bool{false, true} {
+		name, size := "told", int64(8<<20)
+		if deaf {
+			name, size = "deaf", 300_000
+		}
+		t.Run(name, func(t *testing.T) {
+			bed := newBed(t, testbed.Options{NoOffload: true})
+			startBackends(t, bed)
+			if deaf {
+				filterICMP(t, bed.Client)
+				filterICMP(t, bed.Backend)
+			}
+			d := attach(t, bed, siteRoutes(bed))
+			families(t, func(t *testing.T, v6 bool) {
+				for dev, transfer := range map[string]func(*testing.T, *http.Client, int64){"eth1": uploadBy, "eth0": downloadBy} {
+					t.Run(dev, func(t *testing.T) {
+						forgetPMTU(t, bed)
+						client, dials := keepAlive(bed, vip(bed, v6), "a.example.com")
+						defer client.CloseIdleConnections()
+						downloadBy(t, client, 100)
+						before := d.counters().Engine.Events["too_big"]
+						setMTU(t, bed, dev, 1280)
+						for range 50 { // the daemon hears of it a moment later
+							time.Sleep(100 * time.Millisecond)
+							transfer(t, client, size)
+							if d.counters().Engine.Events["too_big"] > before {
+								break
+							}
+						}
+						setMTU(t, bed, dev, 1500)
+						if dials.Load() != 1 {
+							t.Errorf("%d connections: the first one did not last", dials.Load())
+						}
+						switch cut := d.counters().Engine.Events["too_big"] - before; {
+						case cut == 0:
+							t.Error("no packet was too big: the test shows nothing")
+						case !deaf && cut > 200: // a window or two until the sender has heard
+							t.Errorf("%d packets were too big: their sender was not told", cut)
+						}
+					})
+				}
+			})
+		})
+	}
+}
