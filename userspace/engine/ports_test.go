@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"net/netip"
 	"testing"
 	"time"
 )
@@ -117,5 +118,28 @@ func TestPortsInUse(t *testing.T) {
 	}
 	if _, ok := p.take(0, unused); ok {
 		t.Error("a fifth port of four")
+	}
+}
+
+// With source: client the backend sees the client's own numbers, which the client takes care to raise; else ours.
+func TestNumbersOfSourceClient(t *testing.T) {
+	h, w, _ := proxyHandshakeOf(t, []byte("hello"))
+	h.options.HasTimestamps, h.options.TSVal = true, 777
+	w.now = int64(time.Hour)
+	a := &h.attempt
+	a.prefix = []byte("PROXY out")
+	a.local = local{AddrPort: h.client}
+	h.number(w)
+	if a.start() != h.start() || a.tsval != 777 || h.backendClock(w) != 777 {
+		t.Errorf("the stream starts at %d of the client and at %d of ours; TSval %d, now %d", h.start(), a.start(), a.tsval, h.backendClock(w))
+	}
+	up, _ := h.entries(w, Hop{}, &flow{})
+	if up.Flow.Seq != 0 || up.Flow.Tsval != 0 {
+		t.Errorf("the rewrite adds %d to the numbers and %d to the timestamps", up.Flow.Seq, up.Flow.Tsval)
+	}
+	a.local = local{netip.MustParseAddrPort("198.51.100.1:10000"), &ports{}}
+	h.number(w)
+	if a.start() == h.start() || a.tsval == 777 {
+		t.Errorf("our own port has the client's numbers")
 	}
 }
