@@ -112,8 +112,13 @@ func alertSamePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 		must(t, c.Close())
 		c, err = dialFromPort(bed, target, 7777)
 		must(t, err)
+		must(t, c.SetDeadline(time.Now().Add(5*time.Second)))
+		began := time.Now()
 		got, err := whoami(handshake(t, c, classic("a.example.com")))
 		wantBody(t, got, err, "b1", "a.example.com")
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("took %s", took)
+		}
 		must(t, c.(*net.TCPConn).SetLinger(0))
 		must(t, c.Close())
 	}

@@ -249,10 +249,37 @@ func TestHandshakeMemory(t *testing.T) {
 	if looks := d.passes(10 * time.Second); looks > 2*clients {
 		t.Errorf("%d clients that wait woke the worker %d times", clients, looks)
 	}
-	if n := d.e.held.Load(); n != 0 || len(d.handshakes) != 0 || len(d.e.sources.count) != 0 || len(d.timers) != 0 {
+	if n := d.e.held.Load(); n != 0 || len(d.handshakes) != maxRefused || d.refused != maxRefused || len(d.e.sources.count) != 0 {
+		t.Errorf("after the timeout %d bytes, %d handshakes of which %d are over, %d sources are left", n, len(d.handshakes), d.refused, len(d.e.sources.count))
+	}
+	d.passes(refusedFor)
+	if n := d.e.held.Load(); n != 0 || d.refused != 0 || len(d.handshakes) != 0 || len(d.timers) != 0 {
 		t.Errorf("after the timeout %d bytes, %d handshakes, %d sources, %d timers are left", n, len(d.handshakes), len(d.e.sources.count), len(d.timers))
 	}
 	runtime.KeepAlive(d)
+}
+
+// What follows a reset is reset again, and is not judged by itself: the rest of a refused hello must not be taken for
+// bytes that are no TLS, and find a pool.
+func TestAfterReset(t *testing.T) {
+	d, c := newDesk(t, ""), newClient(1)
+	whole := clientHello(t)
+	whole = append(whole, make([]byte, 1000)...)
+	copy(whole, "\x16\x03\x01\x01\x00\x01\x00\x00\x01") // a hello that is none
+	d.sends(c, 1, whole[:600], 0)
+	d.wantLast("a broken hello", packet.RST|packet.ACK, c.iss+601)
+	for range 2 {
+		d.sends(c, 601, whole[600:], 0)
+		d.wantLast("what follows", packet.RST|packet.ACK, c.iss+1+uint32(len(whole)))
+	}
+	d.passes(4 * time.Second)
+	if n := len(d.stats.decisions); n != 1 {
+		t.Errorf("decisions: %v", d.stats.decisions)
+	}
+	d.passes(refusedFor)
+	if len(d.handshakes) != 0 || d.refused != 0 {
+		t.Errorf("%d handshakes are left", len(d.handshakes))
+	}
 }
 
 // Neither new clients nor the hellos of those that are in get beyond hello_memory by more than one hello.

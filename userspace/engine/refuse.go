@@ -26,16 +26,7 @@ func (h *handshake) refuse(w *worker, action config.ActionKind) {
 	if h.fin && h.finAt == h.refusedAt {
 		h.refusedAt++
 	}
-	if action == config.Reset {
-		s := h.toClient(packet.RST | packet.ACK)
-		s.Ack, s.Window, s.Options = h.refusedAt, 0, packet.Options{}
-		w.send(&s)
-		w.drop(h)
-		return
-	}
-	if action == config.Alert {
-		h.alert(w)
-	}
+	h.answer(w)
 	if w.refused >= maxRefused {
 		w.drop(h)
 		return
@@ -45,6 +36,18 @@ func (h *handshake) refuse(w *worker, action config.ActionKind) {
 	w.refused++
 	h.hello.Reset()
 	w.timers.set(&h.timer, w.now+int64(refusedFor))
+}
+
+// answer is what the client gets: a reset, an alert or nothing.
+func (h *handshake) answer(w *worker) {
+	switch h.decision.action {
+	case config.Reset:
+		s := h.toClient(packet.RST | packet.ACK)
+		s.Ack, s.Window, s.Options = h.refusedAt, 0, packet.Options{}
+		w.send(&s)
+	case config.Alert:
+		h.alert(w)
+	}
 }
 
 // Descriptions of alerts (RFC 8446 6.2, RFC 6066 3).
@@ -77,14 +80,11 @@ func (d *decision) alertDescription() byte {
 // afterRefusal answers what a client goes on to send. Nothing is repeated by us: a
 // client that misses the alert, or the acknowledgment of its FIN, asks again.
 func (h *handshake) afterRefusal(w *worker, s *packet.Segment) {
-	if h.decision.action != config.Alert {
-		return
-	}
 	if int32(s.Seq-h.refusedAt) <= 0 && int32(s.End()-h.refusedAt) > 0 && s.Missing == 0 {
 		h.refusedAt = s.End()
 	}
 	if s.Ack == h.cookie+1 {
-		h.alert(w)
+		h.answer(w)
 		return
 	}
 	r := h.toClient(packet.ACK)

@@ -179,6 +179,10 @@ func (w *worker) clientSegment(listener int, s *packet.Segment) {
 		w.closeUnopened(s)
 		return
 	}
+	if s.Has(packet.RST) && h != nil && h.phase == refused {
+		w.drop(h)
+		return
+	}
 	if s.Has(packet.RST) {
 		// RFC 9293 3.5.3: a reset counts only at the next sequence number.
 		if h != nil && (h.phase == refused || s.Seq == h.end() || s.Seq == h.hello.Start()) {
