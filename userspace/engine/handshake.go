@@ -17,8 +17,10 @@ const (
 	// client with Nagle's algorithm, or a small first flight, waits for that.
 	ackAfter = 40 * time.Millisecond
 	// notTLSAfter is how long bytes that start no hello wait for a segment that
-	// belongs before them: a lost first segment comes again within a second.
-	notTLSAfter = time.Second
+	// belongs before them. A lost first segment comes again after a fifth of a
+	// second, twice that and so on, and after three where the client has no
+	// timestamps and its SYN was lost too (RFC 6298 5.7).
+	notTLSAfter = 3500 * time.Millisecond
 	// windowToClient is in the engine's own ACKs: the SYN-ACK's 64240 bytes as a
 	// client that scales understands them.
 	windowToClient = 64240
@@ -135,7 +137,7 @@ func (h *handshake) add(w *worker, s *packet.Segment) {
 		h.held = held
 		if added > 0 {
 			h.progress = w.now
-		} else if s.Seq == h.hello.Start() {
+		} else if s.Seq == h.hello.Start() || int32(s.Seq-h.hello.Start()-uint32(h.acked)) < 0 {
 			h.again = true
 		}
 	}
@@ -159,13 +161,19 @@ func (h *handshake) examine(w *worker) {
 		h.act(w, plan.decide(h.listener, h.connection, &parsed))
 	case errors.Is(err, hello.ErrNeedMore):
 		h.wait(w)
-	case errors.Is(err, hello.ErrNotTLS) && !hello.Plaintext(bytes) && w.now-h.started < int64(notTLSAfter):
+	case errors.Is(err, hello.ErrNotTLS) && !hello.Plaintext(bytes) && w.now < h.waitsForFirst():
 		// Perhaps the second segment of a hello whose first is late.
-		w.timers.set(&h.timer, min(h.started+int64(notTLSAfter), h.deadline))
+		w.timers.set(&h.timer, h.waitsForFirst())
 	default:
 		w.stats.hellos[helloResult(err)]++
 		h.act(w, plan.decideNotHello(h.connection, err))
 	}
+}
+
+// waitsForFirst is until when bytes that start no hello wait for what may belong
+// before them.
+func (h *handshake) waitsForFirst() int64 {
+	return min(h.started+int64(notTLSAfter), h.deadline)
 }
 
 // wait acknowledges what came when the client seems to wait for that, and sets the
@@ -180,7 +188,8 @@ func (h *handshake) wait(w *worker) {
 	// Six bytes of a hello are no chance; fewer prove nothing until the client
 	// repeats from there.
 	known := h.again || have >= 6
-	if have > h.acked && known && (h.again || w.now-h.progress >= int64(ackAfter)) {
+	// What was acknowledged and comes again says that the ACK was lost.
+	if known && (h.again || have > h.acked && w.now-h.progress >= int64(ackAfter)) {
 		h.acked = have
 		h.again = false
 		h.ack(w)
@@ -238,12 +247,17 @@ func (h *handshake) expire(w *worker) {
 		w.drop(h)
 	case h.phase != collecting:
 		h.expireAttempt(w)
-	case w.now >= h.deadline:
+	case w.now < h.deadline || h.isNotTLS():
+		h.examine(w)
+	default:
 		w.stats.hellos[helloTimeout]++
 		h.refuse(w, config.Reset)
-	default:
-		h.examine(w)
 	}
+}
+
+func (h *handshake) isNotTLS() bool {
+	_, err := hello.Parse(h.hello.Bytes())
+	return errors.Is(err, hello.ErrNotTLS)
 }
 
 // drop forgets a handshake.
