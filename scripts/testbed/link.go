@@ -146,6 +146,11 @@ func (ns *NS) SetLink(dev string, up bool) error {
 	})
 }
 
+// SetMTU changes the MTU of one end of a link, which the other end does not hear of.
+func (ns *NS) SetMTU(dev string, mtu int) error {
+	return ns.withLink(dev, func(h *netlink.Handle, link netlink.Link) error { return h.LinkSetMTU(link, mtu) })
+}
+
 func (ns *NS) withLink(dev string, fn func(*netlink.Handle, netlink.Link) error) error {
 	h, err := ns.Netlink()
 	if err != nil {

@@ -24,6 +24,7 @@ const (
 // attempt is the handshake with one backend.
 type attempt struct {
 	tried   []*pool.Backend
+	silent  []*pool.Backend // of these, those that may only have lost our SYNs
 	backend *pool.Backend
 	hop     Hop
 	local   local
@@ -48,10 +49,14 @@ func (h *handshake) connect(w *worker) {
 		b := d.pool.Balancer.Next(d.hash, pool.FamilyOf(h.client.Addr()), func(b *pool.Backend) bool {
 			return slices.Contains(h.attempt.tried, b)
 		})
+		if b == nil && len(h.attempt.silent) > 0 {
+			h.attempt.askAgain()
+			continue
+		}
 		if b == nil {
 			break
 		}
-		h.attempt = attempt{tried: append(h.attempt.tried, b), backend: b}
+		h.attempt = attempt{tried: append(h.attempt.tried, b), silent: h.attempt.silent, backend: b}
 		if h.open(w) {
 			return
 		}
@@ -59,6 +64,13 @@ func (h *handshake) connect(w *worker) {
 	w.log.limited(w.now, "no backend can be reached", "pool", d.poolName())
 	next := w.e.plan.Load().decideNoBackend(*d, h.origin, h.sni)
 	h.act(w, next)
+}
+
+// askAgain lets the silent backends be tried once more: there is time, and each was
+// given only a few SYNs, all of which a bad network loses now and then.
+func (a *attempt) askAgain() {
+	a.tried = slices.DeleteFunc(a.tried, func(b *pool.Backend) bool { return slices.Contains(a.silent, b) })
+	a.silent = nil
 }
 
 // open sends a SYN from a new port. Returns false when this backend cannot be
@@ -138,15 +150,24 @@ func (h *handshake) retryAt(w *worker) {
 func (h *handshake) expireAttempt(w *worker) {
 	switch {
 	case w.now >= h.attempt.ends:
-		if h.phase == connecting && h.attempt.local.ports == nil {
-			w.log.limited(w.now, "no answer by this node: with source: client a backend's route to clients must lead through it",
-				"backend", h.attempt.backend.Addr, "client", h.client)
+		if h.phase == connecting {
+			h.attempt.silent = append(h.attempt.silent, h.attempt.backend)
+			h.blameRoute(w)
 		}
 		h.fail(w, "timeout")
 	case h.phase == pushing:
 		h.push(w)
 	default:
 		h.sendSYN(w)
+	}
+}
+
+// blameRoute says what most likely is wrong when a backend that sees clients' own
+// addresses does not answer.
+func (h *handshake) blameRoute(w *worker) {
+	if h.attempt.local.ports == nil {
+		w.log.limited(w.now, "no answer by this node: with source: client a backend's route to clients must lead through it",
+			"backend", h.attempt.backend.Addr, "client", h.client)
 	}
 }
 

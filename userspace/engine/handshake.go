@@ -18,8 +18,13 @@ const (
 	// client with Nagle's algorithm, or a small first flight, waits for that.
 	ackAfter = 40 * time.Millisecond
 	// notTLSAfter is how long bytes that start no hello wait for a segment that
-	// belongs before them: a lost first segment comes again within a second.
-	notTLSAfter = time.Second
+	// belongs before them. A lost first segment comes again after a fifth of a
+	// second, twice that and so on, and after three where the client has no
+	// timestamps and its SYN was lost too (RFC 6298 5.7).
+	notTLSAfter = 3500 * time.Millisecond
+	// loneByteAfter is the same for one byte alone, which hardly is a segment of a
+	// hello, but may be a probe whose sender waits for an answer.
+	loneByteAfter = time.Second
 	// windowToClient is in the engine's own ACKs: the SYN-ACK's 64240 bytes as a
 	// client that scales understands them.
 	windowToClient = 64240
@@ -230,11 +235,7 @@ func (w *worker) memoryIsFull() bool {
 // examine looks whether the hello is whole, and decides.
 func (h *handshake) examine(w *worker) {
 	plan := w.e.plan.Load()
-	var parsed hello.Hello
-	err := h.readHeader()
-	if err == nil {
-		parsed, err = hello.Parse(h.stream())
-	}
+	parsed, err := h.parse()
 	switch {
 	case err == nil:
 		w.stats.hellos[helloOK]++
@@ -252,10 +253,21 @@ func (h *handshake) examine(w *worker) {
 	}
 }
 
+// parse reads what came so far.
+func (h *handshake) parse() (hello.Hello, error) {
+	if err := h.readHeader(); err != nil {
+		return hello.Hello{}, err
+	}
+	return hello.Parse(h.stream())
+}
+
 // notTLS deals with bytes that start no hello as they stand.
 func (h *handshake) notTLS(w *worker, err error) {
 	bytes := h.hello.Bytes()
 	late := h.started + int64(notTLSAfter)
+	if len(bytes) == 1 {
+		late = h.started + int64(loneByteAfter)
+	}
 	switch {
 	case h.skip == 0 && h.skipProbe(w):
 		h.examine(w)
@@ -275,7 +287,7 @@ func (h *handshake) notTLS(w *worker, err error) {
 func (h *handshake) skipProbe(w *worker) bool {
 	rest := h.hello.Bytes()[1:]
 	err := hello.LooksLike(rest)
-	waited := len(rest) > 0 && errors.Is(err, hello.ErrNeedMore) && w.now-h.started >= int64(notTLSAfter)
+	waited := len(rest) > 0 && errors.Is(err, hello.ErrNeedMore) && w.now-h.started >= int64(loneByteAfter)
 	if err != nil && !waited && !hello.Plaintext(rest) {
 		return false
 	}
@@ -321,7 +333,8 @@ func (h *handshake) wait(w *worker) {
 	// Six bytes of a hello are no chance; fewer prove nothing until the client
 	// repeats from there.
 	known := h.again || have >= 6
-	if have > h.acked && known && (h.again || w.now-h.progress >= int64(ackAfter)) {
+	// What was acknowledged and comes again says that the ACK was lost.
+	if known && (h.again || have > h.acked && w.now-h.progress >= int64(ackAfter)) {
 		h.acked = have
 		h.again = false
 		h.ack(w)
@@ -394,13 +407,18 @@ func (h *handshake) expire(w *worker) {
 		w.drop(h)
 	case h.phase != collecting:
 		h.expireAttempt(w)
-	case w.now >= h.deadline && !errors.Is(hello.LooksLike(h.hello.Bytes()), hello.ErrNotTLS):
+	case w.now >= h.deadline && h.isIncomplete():
 		w.stats.hellos[helloTimeout]++
 		w.log.limited(w.now, "a client's hello took too long: see timeouts.hello", "client", h.client)
 		h.refuse(w, config.Reset)
 	default:
 		h.examine(w)
 	}
+}
+
+func (h *handshake) isIncomplete() bool {
+	_, err := h.parse()
+	return errors.Is(err, hello.ErrNeedMore)
 }
 
 // drop forgets a handshake.

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"snilb/scripts/testbed"
+)
+
+// bothWays is what every stack must move, each way.
+const bothWays = 3 << 20
+
+// stacks are Linux made to look like others.
+var stacks = map[string]map[string]string{
+	"no-timestamps":     {"ipv4/tcp_timestamps": "0"},
+	"no-sack":           {"ipv4/tcp_sack": "0"},
+	"no-window-scaling": {"ipv4/tcp_window_scaling": "0"},
+	"ecn":               {"ipv4/tcp_ecn": "1"},
+	"bare":              {"ipv4/tcp_timestamps": "0", "ipv4/tcp_sack": "0", "ipv4/tcp_window_scaling": "0"},
+}
+
+func setAll(t *testing.T, ns *testbed.NS, keys map[string]string) {
+	t.Helper()
+	for key, value := range keys {
+		must(t, ns.Sysctl(key, value))
+	}
+}
+
+// TestStacksClient has clients of every kind: with a namespace of its own for each, as sysctls are per namespace.
+func TestStacksClient(t *testing.T) {
+	for name, keys := range stacks {
+		t.Run(name, func(t *testing.T) {
+			bed := newBed(t, testbed.Options{})
+			setAll(t, bed.Client, keys)
+			startBackends(t, bed)
+			attach(t, bed, siteRoutes(bed))
+			families(t, func(t *testing.T, v6 bool) { moveBothWays(t, bed, v6) })
+		})
+	}
+}
+
+func moveBothWays(t *testing.T, bed *testbed.Bed, v6 bool) {
+	t.Helper()
+	downloadSize(t, bed, vip(bed, v6), "a.example.com", bothWays)
+	uploadSize(t, bed, vip(bed, v6), "a.example.com", bothWays)
+}
+
+// TestStacksMTU has clients whose interface is small, as in a tunnel, and huge, as loopback is.
+func TestStacksMTU(t *testing.T) {
+	for _, mtu := range []int{1280, 9000, 65535} {
+		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
+			bed := newBed(t, testbed.Options{ClientMTU: mtu})
+			startBackends(t, bed)
+			attach(t, bed, siteRoutes(bed))
+			families(t, func(t *testing.T, v6 bool) { moveBothWays(t, bed, v6) })
+		})
+	}
+	for _, mtu := range []int{576, 1280} { // the client's end alone: its MSS is all that tells
+		t.Run(fmt.Sprintf("one-end-%d", mtu), func(t *testing.T) {
+			bed := newBed(t, testbed.Options{})
+			startBackends(t, bed)
+			attach(t, bed, siteRoutes(bed))
+			must(t, bed.Client.SetMTU("eth0", mtu))
+			moveBothWays(t, bed, false)
+			if mtu >= 1280 { // below that there is no IPv6
+				moveBothWays(t, bed, true)
+			}
+		})
+	}
+}
+
+// TestStacksSocket has clients that ask for something special by socket option.
+func TestStacksSocket(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	must(t, bed.Client.Sysctl("ipv4/tcp_fastopen", "5")) // client, and data on the SYN without a cookie
+	must(t, bed.Client.Sysctl("mptcp/enabled", "1"))
+	startBackends(t, bed)
+	attach(t, bed, siteRoutes(bed))
+	option := func(level, name, value int) func(*net.Dialer) {
+		return func(d *net.Dialer) {
+			d.Control = func(_, _ string, c syscall.RawConn) (err error) {
+				if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, name, value) }); e != nil {
+					return e
+				}
+				return err
+			}
+		}
+	}
+	// What the kernel counts when it has done so, and we did not speak it.
+	proofs := map[string]string{"fast-open": "TcpExt: TCPFastOpenActiveFail", "mptcp": "MPTcpExt: MPCapableSYNTX"}
+	for name, set := range map[string]func(*net.Dialer){
+		"mss-536":   option(unix.IPPROTO_TCP, unix.TCP_MAXSEG, 536),
+		"mss-88":    option(unix.IPPROTO_TCP, unix.TCP_MAXSEG, 88),
+		"fast-open": option(unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1),
+		"mptcp":     func(d *net.Dialer) { d.SetMultipathTCP(true) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			families(t, func(t *testing.T, v6 bool) {
+				for range 2 {
+					var d net.Dialer
+					set(&d)
+					ctx, cancel := context.WithTimeout(t.Context(), clientTimeout)
+					defer cancel()
+					raw, err := bed.Client.DialWith(ctx, &d, "tcp", vip(bed, v6).String())
+					must(t, err)
+					c := handshake(t, raw, &tls.Config{ServerName: "a.example.com"})
+					got, err := whoami(c)
+					wantBody(t, got, err, "b1", "a.example.com")
+					_ = c.Close()
+				}
+			})
+			out, err := bed.Client.Command(t.Context(), "cat", "/proc/net/netstat").Output()
+			must(t, err)
+			if proof := proofs[name]; proof != "" && counted(string(out), proof) == 0 {
+				t.Errorf("%s is zero: the client did not try", proof)
+			}
+		})
+	}
+}
+
+// TestStacksBackend has backends that can do less than others. What was announced before that is known may cost a client its
+// first connection, in as many words; the second works, and none hangs.
+func TestStacksBackend(t *testing.T) {
+	for name, keys := range stacks {
+		t.Run(name, func(t *testing.T) {
+			bed := newBed(t, testbed.Options{})
+			setAll(t, bed.Backend, keys)
+			startBackends(t, bed)
+			attach(t, bed, siteRoutes(bed))
+			families(t, func(t *testing.T, v6 bool) {
+				secondWorks(t, bed, v6)
+				moveBothWays(t, bed, v6)
+			})
+		})
+	}
+}
+
+// secondWorks asks twice.
+func secondWorks(t *testing.T, bed *testbed.Bed, v6 bool) {
+	t.Helper()
+	for i := range 2 {
+		began := time.Now()
+		err := request(t, bed, v6)
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("request %d took %s", i+1, took)
+		}
+		if err != nil {
+			t.Logf("request %d: %v", i+1, err)
+		}
+		if err != nil && i == 1 {
+			t.Error("the second request failed too")
+		}
+	}
+}
+
+// TestStacksBackendMTU has a backend whose interface takes less than the balancer's on the same link gives.
+func TestStacksBackendMTU(t *testing.T) {
+	for _, noOffload := range []bool{false, true} {
+		t.Run(fmt.Sprintf("no-offload-%t", noOffload), func(t *testing.T) {
+			bed := newBed(t, testbed.Options{NoOffload: noOffload})
+			must(t, bed.Backend.SetMTU("eth0", 1280))
+			startBackends(t, bed)
+			attach(t, bed, siteRoutes(bed))
+			families(t, func(t *testing.T, v6 bool) {
+				secondWorks(t, bed, v6)
+				moveBothWays(t, bed, v6)
+			})
+		})
+	}
+}
+
+// synLayouts are SYN options of real systems, and broken ones. Timestamps are 0x11223344.
+var synLayouts = map[string]string{
+	"linux":             "020405b40402080a11223344000000000103030a",
+	"linux-2.2":         "020405b40402080a112233440000000001030300",
+	"linux-2.0":         "020405b4",
+	"android-1430":      "020405960402080a112233440000000001030306",
+	"loopback-16396":    "0204400c0402080a112233440000000001030304",
+	"windows-10":        "020405b40103030801010402",
+	"windows-xp":        "020405b401010402",
+	"windows-ts":        "020405b40103030801010402080a1122334400000000",
+	"macos":             "020405b4010303060101080a112233440000000004020000",
+	"freebsd":           "020405b4010303060402080a1122334400000000",
+	"openbsd":           "020405b401010402010303060101080a1122334400000000",
+	"none":              "",
+	"wscale-14":         "020405b40103030e",
+	"wscale-15":         "020405b40103030f",
+	"mss-536":           "02040218",
+	"mss-65535":         "0204ffff",
+	"mptcp":             "020405b40402080a112233440000000001030307" + "1e0c01810102030405060708",
+	"fast-open":         "020405b40402080a112233440000000001030307" + "22020101",
+	"md5":               "020405b40101" + "131200112233445566778899aabbccddeeff",
+	"ao":                "020405b4" + "1d10010100112233445566778899aabb",
+	"odd-offset":        "01020405b4030307080a1122334400000000040200"[:42] + "000000",
+	"mss-twice":         "020405b402040100",
+	"length-zero":       "020405b403000000",
+	"length-past-end":   "020405b4081e0101",
+	"mss-of-length-3":   "02030500020405b401000000",
+	"after-end-of-list": "020405b400030307",
+}
+
+// TestStacksSYN speaks TLS by hand behind each of those SYNs.
+func TestStacksSYN(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	attach(t, bed, siteRoutes(bed))
+	for name, layout := range synLayouts {
+		options, err := hex.DecodeString(layout)
+		must(t, err)
+		t.Run(name, func(t *testing.T) {
+			families(t, func(t *testing.T, v6 bool) {
+				r, err := bed.Raw(vip(bed, v6))
+				must(t, err)
+				defer func() { _ = r.Close() }()
+				r.TSVal = 0x11223344
+				if mss, ok := (testbed.Segment{Options: options}).Option(testbed.OptMSS); ok && len(mss) == 2 {
+					r.MSS = min(r.MSS, int(mss[0])<<8|int(mss[1]))
+				} else {
+					r.MSS = 536
+				}
+				r.MSS = max(r.MSS-12, 64)
+				synAck, err := r.Open(options, 3*time.Second)
+				must(t, err)
+				if synAck.BadChecksum {
+					t.Error("SYN-ACK with a bad checksum")
+				}
+				c := handshake(t, r, &tls.Config{ServerName: "a.example.com"})
+				got, err := whoami(c)
+				wantBody(t, got, err, "b1", "a.example.com")
+				_ = r.Send(r.Bare(testbed.RST)) // nothing more is wanted of this connection
+			})
+		})
+	}
+}
