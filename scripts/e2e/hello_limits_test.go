@@ -255,7 +255,7 @@ func endless(n int) []byte {
 // hello, established connections go on, and who came too late is served once the timeout has made room.
 func TestHelloMemory(t *testing.T) {
 	bed := echoBed(t, testbed.Options{Clients: 8}, nil)
-	d := attach(t, bed, siteRoutes(bed, "limits: {hello_memory: 64KiB}", "timeouts: {hello: 3s}"), "--workers", "1")
+	d := attach(t, bed, siteRoutes(bed, "limits: {hello_memory: 64KiB}", "timeouts: {hello: 2s}"), "--workers", "1")
 	began := time.Now()
 	const most = 64<<10 + 24<<10 + 2<<10
 	families(t, func(t *testing.T, v6 bool) {
@@ -377,6 +377,8 @@ func TestAckLost(t *testing.T) {
 			must(t, r.Send(r.At(0, first[:100])))
 			wantACK(t, r, 101)
 		}
+		r.SndNxt += 100
+		must(t, r.Send(r.Bare(testbed.RST)))
 	})
 }
 
@@ -388,4 +390,3 @@ func wantACK(t *testing.T, r *testbed.Raw, offset uint32) {
 		t.Errorf("answer %s, %v, want an ACK of %d", got, err, r.ISS+offset)
 	}
 }
-

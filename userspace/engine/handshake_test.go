@@ -356,3 +356,25 @@ func TestNoticeEnds(t *testing.T) {
 		}
 	}
 }
+
+// What a backend sends before the bind is held as well.
+func TestPendingIsCounted(t *testing.T) {
+	d, c := newDesk(t, "limits: {hello_memory: 32KiB}\n"), newClient(1)
+	d.sends(c, 1, clientHello(t), 0)
+	h := d.handshake(c)
+	h.phase, h.acked = pushing, 100
+	before := d.e.held.Load()
+	for range maxPending {
+		d.backendSegment(&packet.Segment{
+			Src: h.attempt.backend.Addr, Dst: h.attempt.source(), Seq: 1, Ack: h.attempt.isn + 1,
+			Flags: packet.ACK, Payload: make([]byte, 16000),
+		})
+	}
+	if held := d.e.held.Load(); held < before+32000 || held > 32<<10+17000 {
+		t.Errorf("%d bytes held, %d before the backend sent 16 times 16000", held, before)
+	}
+	d.drop(h)
+	if n := d.e.held.Load(); n != 0 {
+		t.Errorf("%d bytes are held for nobody", n)
+	}
+}
