@@ -124,7 +124,7 @@ type sackACK struct {
 
 // legFacts is what a leg has shown.
 type legFacts struct {
-	blocks       map[sackACK]bool     // whether the wire carried it
+	blocks       map[sackACK]bool  // whether the wire carried it
 	sums         map[[2]int]uint32 // by offset and length
 	resent, lost int
 }
