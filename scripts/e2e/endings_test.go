@@ -302,8 +302,8 @@ func TestCloseTogether(t *testing.T) {
 func TestLostFIN(t *testing.T) {
 	const fin = "tcp flags & fin == fin "
 	b := newEndBed(t, "")
-	toBackend := func(t *testing.T) { filter(t, b.Backend, "input", dropFirst(fin+"tcp dport 443", "tcp sport")) }
-	toClient := func(t *testing.T) { filter(t, b.Client, "input", dropFirst(fin+"tcp sport 443", "tcp dport")) }
+	toBackend := func(t *testing.T) { filter(t, b.Backend, "input", dropFirstOfEach(fin+"tcp dport 443", "tcp sport")) }
+	toClient := func(t *testing.T) { filter(t, b.Client, "input", dropFirstOfEach(fin+"tcp sport 443", "tcp dport")) }
 	for name, lose := range map[string][]func(*testing.T){
 		"client's": {toBackend}, "backend's": {toClient}, "both": {toBackend, toClient},
 	} {
@@ -323,7 +323,7 @@ func TestUnacknowledgedFIN(t *testing.T) {
 	const rto = 3 * time.Second
 	b := newEndBed(t, "")
 	slowRetransmission(t, b.Client, rto)
-	filter(t, b.Backend, "input", dropFirst("tcp flags & fin == fin tcp dport 443", "tcp sport"))
+	filter(t, b.Backend, "input", dropFirstOfEach("tcp flags & fin == fin tcp dport 443", "tcp sport"))
 	each(t, b.pairs(t, 1), func(p pair) error {
 		err := errors.Join(echo(p.client, p.backend, "alive"), p.backend.CloseWrite(), wantRead(p.client, io.EOF))
 		began := time.Now()
@@ -615,7 +615,7 @@ func TestFINWithData(t *testing.T) {
 func TestResetBeforeBind(t *testing.T) {
 	b := newEndBed(t, "attempt: 5s")
 	t.Run("connecting", func(t *testing.T) {
-		filter(t, b.Backend, "input", dropFirst(isSYN+" tcp dport 443", "tcp sport"))
+		filter(t, b.Backend, "input", dropFirstOfEach(matchSYN+" tcp dport 443", "tcp sport"))
 		families(t, func(t *testing.T, v6 bool) {
 			c, err := dialTCP(t, b.Bed, vip(b.Bed, v6))
 			must(t, err)

@@ -366,7 +366,7 @@ func TestPendingIsCounted(t *testing.T) {
 	before := d.e.held.Load()
 	for range maxPending {
 		d.backendSegment(&packet.Segment{
-			Src: h.attempt.backend.Addr, Dst: h.attempt.source(), Seq: 1, Ack: h.attempt.isn + 1,
+			Src: h.attempt.backend.Addr, Dst: h.attempt.local.AddrPort, Seq: 1, Ack: h.attempt.isn + 1,
 			Flags: packet.ACK, Payload: make([]byte, 16000),
 		})
 	}
