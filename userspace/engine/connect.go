@@ -149,7 +149,9 @@ func (h *handshake) release(w *worker, abort bool) {
 		return
 	}
 	if abort && h.phase == pushing {
-		s := h.toBackend(w, packet.RST|packet.ACK, 0, nil)
+		// Behind what was pushed: had the backend none of it, its challenge ACK is
+		// answered by a reset at the number it asks for.
+		s := h.toBackend(w, packet.RST|packet.ACK, h.acked, nil)
 		w.sendBy(a.hop, &s)
 	}
 	a.ports.give(w.now, a.port, true)

@@ -209,6 +209,13 @@ func (f *flow) read(w *worker) (up, down *maps.Entry, err error) {
 	return &u, &d, nil
 }
 
+// hasEntry reports whether the kernel still has the client's entry of this flow: it
+// deletes that of a closing one for a SYN. When in doubt it has.
+func (f *flow) hasEntry(w *worker) bool {
+	up, err := w.e.o.Tables.LookupFlow(maps.LegClient, f.clientTuple())
+	return err == nil && f.owns(&up) || err != nil && !errors.Is(err, ebpf.ErrKeyNotExist)
+}
+
 // owns reports whether the client's entry is of this flow and not of a later one
 // from the same client port.
 func (f *flow) owns(up *maps.Entry) bool {
