@@ -322,7 +322,7 @@ func TestLostFIN(t *testing.T) {
 func TestUnacknowledgedFIN(t *testing.T) {
 	const rto = 3 * time.Second
 	b := newEndBed(t, "")
-	slowRetransmission(t, b.Client, rto)
+	slowRetransmission(t, b.Bed, rto)
 	filter(t, b.Backend, "input", dropFirst("tcp flags & fin == fin tcp dport 443", "tcp sport"))
 	each(t, b.pairs(t, 1), func(p pair) error {
 		err := errors.Join(echo(p.client, p.backend, "alive"), p.backend.CloseWrite(), wantRead(p.client, io.EOF))
@@ -337,25 +337,20 @@ func TestUnacknowledgedFIN(t *testing.T) {
 	b.wantClosed(t, map[string]uint64{"closed": 2})
 }
 
-// slowRetransmission makes a namespace repeat nothing before rto.
-func slowRetransmission(t *testing.T, ns *testbed.NS, rto time.Duration) {
+// slowRetransmission makes the client repeat nothing before rto.
+func slowRetransmission(t *testing.T, bed *testbed.Bed, rto time.Duration) {
 	t.Helper()
-	must(t, ns.Sysctl("ipv4/tcp_early_retrans", "0"))
-	h, err := ns.Netlink()
+	must(t, bed.Client.Sysctl("ipv4/tcp_early_retrans", "0"))
+	h, err := bed.Client.Netlink()
 	must(t, err)
 	defer h.Close()
-	routes, err := h.RouteList(nil, netlink.FAMILY_ALL)
+	link, err := h.LinkByName("eth0")
 	must(t, err)
-	changed := 0
-	for _, r := range routes {
-		if r.Gw != nil {
-			r.RtoMin, r.RtoMinLock = int(rto.Milliseconds()), true
-			must(t, h.RouteReplace(&r))
-			changed++
-		}
-	}
-	if changed != 2 {
-		t.Fatalf("%d routes by a gateway, want one a family: %v", changed, routes)
+	for _, addr := range []netip.Addr{bed.VIP4, bed.VIP6} {
+		must(t, h.RouteAdd(&netlink.Route{
+			LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK, RtoMin: int(rto.Milliseconds()), RtoMinLock: true,
+			Dst: &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())},
+		}))
 	}
 }
 

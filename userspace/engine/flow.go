@@ -152,6 +152,10 @@ func (f *flow) review(w *worker) {
 	}
 	if f.closing != nil {
 		wait := max(f.quietNow(up, down)-silent, closedQuiet/8)
+		if f.closing.fin[0] && f.closing.fin[1] {
+			// The last ACK, late because a FIN was lost, is no event.
+			wait = min(wait, closedQuiet)
+		}
 		w.timers.set(&f.timer, w.now+int64(wait))
 	}
 }
