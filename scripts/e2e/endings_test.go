@@ -322,7 +322,7 @@ func TestLostFIN(t *testing.T) {
 func TestUnacknowledgedFIN(t *testing.T) {
 	const rto = 3 * time.Second
 	b := newEndBed(t, "")
-	slowRetransmission(t, b.Client, rto)
+	slowRetransmission(t, b.Bed, rto)
 	filter(t, b.Backend, "input", dropFirstOfEach("tcp flags & fin == fin tcp dport 443", "tcp sport"))
 	each(t, b.pairs(t, 1), func(p pair) error {
 		err := errors.Join(echo(p.client, p.backend, "alive"), p.backend.CloseWrite(), wantRead(p.client, io.EOF))
@@ -337,21 +337,20 @@ func TestUnacknowledgedFIN(t *testing.T) {
 	b.wantClosed(t, map[string]uint64{"closed": 2})
 }
 
-// slowRetransmission makes a namespace repeat nothing before rto.
-func slowRetransmission(t *testing.T, ns *testbed.NS, rto time.Duration) {
+// slowRetransmission makes the client repeat nothing before rto.
+func slowRetransmission(t *testing.T, bed *testbed.Bed, rto time.Duration) {
 	t.Helper()
-	must(t, ns.Sysctl("ipv4/tcp_early_retrans", "0"))
-	h, err := ns.Netlink()
+	must(t, bed.Client.Sysctl("ipv4/tcp_early_retrans", "0"))
+	h, err := bed.Client.Netlink()
 	must(t, err)
 	defer h.Close()
-	routes, err := h.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, netlink.RT_FILTER_DST)
+	link, err := h.LinkByName("eth0")
 	must(t, err)
-	if len(routes) != 2 {
-		t.Fatalf("%d default routes, want one a family: %v", len(routes), routes)
-	}
-	for _, r := range routes {
-		r.RtoMin = int(rto.Milliseconds())
-		must(t, h.RouteReplace(&r))
+	for _, addr := range []netip.Addr{bed.VIP4, bed.VIP6} {
+		must(t, h.RouteAdd(&netlink.Route{
+			LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK, RtoMin: int(rto.Milliseconds()), RtoMinLock: true,
+			Dst: &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())},
+		}))
 	}
 }
 
@@ -583,7 +582,7 @@ func TestFINWithData(t *testing.T) {
 	}
 	d := attach(t, bed, siteRoutes(bed), atOnce...)
 	// A FIN on its own goes nowhere.
-	filter(t, bed.Client, "output", "tcp flags & fin == fin meta length < 150 drop")
+	filter(t, bed.Client, "output", "tcp flags & fin == fin meta length < 80 drop")
 	short, long := hello(t, classic("a.example.com")), hello(t, &tls.Config{ServerName: "a.example.com"})
 	families(t, func(t *testing.T, v6 bool) {
 		for name, writes := range map[string][][]byte{

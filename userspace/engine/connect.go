@@ -185,7 +185,9 @@ func (h *handshake) release(w *worker, abort bool) {
 		return
 	}
 	if abort && h.phase == pushing {
-		s := h.toBackend(w, packet.RST|packet.ACK, a.ack, nil)
+		// Behind what was pushed: had the backend none of it, its challenge ACK is
+		// answered by a reset at the number it asks for.
+		s := h.toBackend(w, packet.RST|packet.ACK, a.isn+1+uint32(len(h.toPush())), nil)
 		w.sendBy(a.hop, &s)
 	}
 	h.giveUpLocal(w)

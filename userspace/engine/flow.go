@@ -155,6 +155,10 @@ func (f *flow) review(w *worker) {
 	}
 	if f.closing != nil {
 		wait := max(f.quietNow(up, down)-silent, closedQuiet/8)
+		if f.closing.fin[0] && f.closing.fin[1] {
+			// The last ACK, late because a FIN was lost, is no event.
+			wait = min(wait, closedQuiet)
+		}
 		w.timers.set(&f.timer, w.now+int64(wait))
 	}
 }
@@ -232,12 +236,11 @@ func (f *flow) read(w *worker) (up, down *maps.Entry, err error) {
 	return &u, &d, nil
 }
 
-// stands reports whether the client's entry is there. It is not once a SYN has found
-// the flow closed; the new connection may have the old one's cookie, which within a
-// slot depends on the tuple alone.
-func (f *flow) stands(w *worker) bool {
+// hasEntry reports whether the kernel still has the client's entry of this flow: it
+// deletes that of a closing one for a SYN. When in doubt it has.
+func (f *flow) hasEntry(w *worker) bool {
 	up, err := w.e.o.Tables.LookupFlow(maps.LegClient, f.clientTuple())
-	return err == nil && f.owns(&up)
+	return err == nil && f.owns(&up) || err != nil && !errors.Is(err, ebpf.ErrKeyNotExist)
 }
 
 // owns reports whether the client's entry is of this flow and not of a later one

@@ -163,16 +163,22 @@ func readEventHeader(raw []byte) maps.EventHeader {
 func (w *worker) clientSegment(listener int, s *packet.Segment) {
 	c := connection{client: s.Src, listener: s.Dst}
 	cookie := s.Ack - 1
-	if f := w.flows[c]; f != nil && f.cookie == cookie && f.stands(w) {
-		// It was queued while its connection was bound.
-		w.stats.late++
-		w.replay(maps.LegClient, *s, f.mss)
-		return
+	if f := w.flows[c]; f != nil && f.cookie == cookie {
+		if f.hasEntry(w) {
+			// It was queued while its connection was bound.
+			w.stats.late++
+			w.replay(maps.LegClient, *s, f.mss)
+			return
+		}
+		// The client was given the same cookie for a new connection from the
+		// same port: the kernel has deleted the old one's entry before.
+		f.remove(w, "replaced")
 	}
 	h := w.handshakes[c]
 	switch {
 	case h != nil && (h.cookie != cookie || h.begunAnew(s)):
 		// A new connection from the same port; the old one is over.
+		h.release(w, true)
 		w.drop(h)
 		h = nil
 	case h == nil && len(s.Payload) == 0:
@@ -187,6 +193,7 @@ func (w *worker) clientSegment(listener int, s *packet.Segment) {
 		// RFC 9293 3.5.3: a reset counts only at the next sequence number.
 		if h != nil && (h.phase == refused || s.Seq == h.end() || s.Seq == h.hello.Start()) {
 			w.stats.hellos[helloReset]++
+			h.release(w, true)
 			w.drop(h)
 		}
 		return
