@@ -95,6 +95,9 @@ func (b *endBed) nothingLeft(t *testing.T, wait time.Duration) {
 	t.Helper()
 	b.noFlows(wait)
 	families(t, func(t *testing.T, v6 bool) {
+		for len(b.accepted[v6]) > 0 { // reset before anybody asked for it
+			_ = (<-b.accepted[v6]).Close()
+		}
 		for range endPorts {
 			p := b.pair(t, v6)
 			must(t, echo(p.client, p.backend, "a port"))

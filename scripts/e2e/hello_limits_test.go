@@ -344,6 +344,7 @@ func TestHelloTooLong(t *testing.T) {
 		far := func(s []testbed.Segment) []testbed.Segment {
 			away := s[0]
 			away.Seq += 1 << 17
+			away.Payload = make([]byte, 100) // a hello there would be another connection's
 			return slices.Concat(s[:1], []testbed.Segment{away}, s[1:])
 		}
 		got, err := rawClient(t, bed, vip(bed, v6), "a.example.com", far)
