@@ -3,6 +3,7 @@
 package maps
 
 import (
+	"math/bits"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -47,6 +48,9 @@ func TestConstantsAreTheHeaders(t *testing.T) {
 		{"abi.h", "EVENT_DATA", EventData},
 		{"abi.h", "FLOW_NEXTHOP_MASK", uint64((&Entry{Flow: Flow{Control: 0xffffffff}}).Nexthop())},
 		{"abi.h", "FLOW_SHIFT_BIAS", uint64(FlowControl(0, 0, 0) >> 16)},
+		{"abi.h", "ALERT_LENGTH", AlertLength},
+		{"abi.h", "FLOW_WORKER_MASK", uint64(FlowControl(0, -14, MaxWorkers-1) >> 21)},
+		{"maps.h", "EVENTS_PER_SECOND", eventsPerSecond},
 		{"config.h", "ANNOUNCED_WSCALE", AnnouncedWindowScale},
 		{"cookie.h", "COOKIE_NO_WSCALE", CookieNoWindowScale},
 		{"cookie.h", "COOKIE_SLOT_NS", CookieSlotNanoseconds},
@@ -60,11 +64,22 @@ func TestConstantsAreTheHeaders(t *testing.T) {
 func TestFlowControlIsTheHeaders(t *testing.T) {
 	text := header(t, "abi.h")
 	pos, mask := define(t, text, "FLOW_SHIFT_POS"), define(t, text, "FLOW_SHIFT_MASK")
+	workerPos, workerMask := define(t, text, "FLOW_WORKER_POS"), define(t, text, "FLOW_WORKER_MASK")
+	states := uint64(FlowFIN | FlowRST | FlowConfirmed | FlowPending)
 	for shift := -14; shift <= 14; shift++ {
-		c := uint64(FlowControl(0xbeef, shift, 0))
-		if got := int(c>>pos&mask) - 14; got != shift || c&0xffff != 0xbeef || c>>24 != 0 {
-			t.Errorf("shift %d: control %#x", shift, c)
+		for worker := range MaxWorkers {
+			c := uint64(FlowControl(0xbeef, shift, worker))
+			if got := int(c>>pos&mask) - 14; got != shift || c&0xffff != 0xbeef || int(c>>workerPos&workerMask) != worker {
+				t.Errorf("shift %d, worker %d: control %#x", shift, worker, c)
+			}
+			if c&states != 0 {
+				t.Errorf("shift %d, worker %d: control %#x has a state", shift, worker, c)
+			}
 		}
+	}
+	fields := 0xffff | mask<<pos | workerMask<<workerPos
+	if fields&states != 0 || bits.OnesCount64(fields) != 16+5+6 || bits.OnesCount64(states) != 4 || (fields|states)>>32 != 0 {
+		t.Errorf("fields %#x and states %#x overlap", fields, states)
 	}
 }
 

@@ -6,14 +6,12 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"slices"
 	"testing"
-	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 )
@@ -418,38 +416,6 @@ func TestFlowAccount(t *testing.T) {
 	})
 }
 
-// The engine hears once of each side's FIN, and once of its RST.
-func TestFlowCloses(t *testing.T) {
-	r := newFlowRig(t, settings{workers: 3})
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		r.bind(f, LegClient, nil)
-		r.bind(f, LegBackend, nil)
-		for _, step := range []struct {
-			leg   Leg
-			flags uint16
-			state uint32
-		}{
-			{LegClient, ack, 0},
-			{LegClient, ack | fin, FlowFIN},
-			{LegClient, ack | fin | psh, FlowFIN},
-			{LegBackend, ack, 0},
-			{LegBackend, ack | fin, FlowFIN},
-			{LegBackend, ack | rst, FlowFIN | FlowRST},
-			{LegBackend, rst, FlowFIN | FlowRST},
-			{LegClient, ack, FlowFIN},
-			{LegClient, rst, FlowFIN | FlowRST},
-			{LegClient, rst | fin, FlowFIN | FlowRST},
-			{LegBackend, fin | rst, FlowFIN | FlowRST},
-		} {
-			r.expectForward(f, step.leg, f.legSegment(step.leg, step.flags), skbuff{})
-			if e := r.entry(f, step.leg); e.Flow.Control&(FlowFIN|FlowRST) != step.state {
-				t.Errorf("state is %#x after %+v", e.Flow.Control, step)
-			}
-		}
-	})
-}
-
 // What keeps a packet of a bound flow from leaving: it is dropped as it came, and
 // does not count for the flow.
 func TestFlowRefuses(t *testing.T) {
@@ -465,7 +431,8 @@ func TestFlowRefuses(t *testing.T) {
 	}{
 		{"TTL 1", func(s *segment) { s.ttl = 1 }, nil, skbuff{}, bpfReasonREASON_TTL_EXPIRED},
 		{"TTL 0", func(s *segment) { s.ttl = 0 }, nil, skbuff{}, bpfReasonREASON_TTL_EXPIRED},
-		{"over the MTU", overMTU, nil, skbuff{}, bpfReasonREASON_TOO_BIG},
+		{"no flag, over the MTU", func(s *segment) { s.flags = 0; overMTU(s) }, nil, skbuff{}, bpfReasonREASON_JUNK},
+		{"TTL 1, over the MTU", func(s *segment) { s.ttl = 1; overMTU(s) }, nil, skbuff{}, bpfReasonREASON_TTL_EXPIRED},
 		{"no next hop", func(*segment) {}, hop(0), skbuff{}, bpfReasonREASON_NO_NEXTHOP},
 		{"unset next hop", func(*segment) {}, hop(65535), skbuff{}, bpfReasonREASON_NO_NEXTHOP},
 		{"no flag", func(s *segment) { s.flags = 0 }, nil, skbuff{}, bpfReasonREASON_JUNK},
@@ -487,8 +454,6 @@ func TestFlowRefuses(t *testing.T) {
 	})
 }
 
-func overMTU(s *segment) { s.payload = make([]byte, nexthopMTU+1-len(s.packet())) }
-
 // A super-packet counts as its segments, and its segments must fit the MTU, not it.
 // Drivers for virtual machines leave the count of segments to the kernel: 0.
 func TestFlowGSO(t *testing.T) {
@@ -508,109 +473,6 @@ func TestFlowGSO(t *testing.T) {
 				r.expectForward(f, leg, s, skbuff{GSOSegs: c.segs, GSOSize: c.size})
 			})
 		}
-	})
-}
-
-// Segments over the MTU are refused like packets over it.
-func TestFlowGSOTooBig(t *testing.T) {
-	r := newFlowRig(t, settings{})
-	bothLegs(t, func(t *testing.T, f family, leg Leg) {
-		r := r.with(t)
-		r.bind(f, leg, nil)
-		s := f.legSegment(leg, ack)
-		s.options = timestamps(0)
-		fits := uint32(nexthopMTU - len(s.packet()))
-		s.payload = make([]byte, 3000)
-		r.expectForward(f, leg, s, skbuff{GSOSegs: 3, GSOSize: fits})
-		r.expectForward(f, leg, s, skbuff{GSOSize: fits})
-		r.expectSkb(program(leg), s.frame(), skbuff{GSOSegs: 3, GSOSize: fits + 1}, drop(bpfReasonREASON_TOO_BIG))
-		r.expectSkb(program(leg), s.frame(), skbuff{GSOSize: fits + 1}, drop(bpfReasonREASON_TOO_BIG))
-	})
-}
-
-// A SYN on a live flow is translated, so that the backend's answer heals it; its
-// window has no scale and stays.
-func TestFlowSynLive(t *testing.T) {
-	states := map[string][2]uint32{
-		"open": {}, "client's FIN": {FlowFIN, 0}, "backend's FIN": {0, FlowFIN}, "confirmed": {FlowConfirmed, FlowConfirmed},
-	}
-	r := newFlowRig(t, settings{})
-	bothFamilies(t, func(t *testing.T, f family) {
-		for name, state := range states {
-			t.Run(name, func(t *testing.T) {
-				r := r.with(t)
-				r.bind(f, LegClient, func(e *Entry) { e.Flow.Control = FlowControl(nexthopIndex, 5, 0) | state[0] })
-				r.bind(f, LegBackend, func(e *Entry) { e.Flow.Control |= state[1] })
-				s := f.clientSegment(syn)
-				s.options, _ = hex.DecodeString("020405b40402080a112233440000000001030307")
-				r.expectForward(f, LegClient, s, skbuff{})
-				s.flags = syn | ack
-				r.expectForward(f, LegClient, s, skbuff{})
-			})
-		}
-	})
-}
-
-// A SYN on a flow that is over starts a new connection: the kernel forgets the
-// client's entry and answers.
-func TestFlowSynClosing(t *testing.T) {
-	states := map[string][2]uint32{
-		"both FINs": {FlowFIN, FlowFIN}, "client's RST": {FlowRST, 0}, "backend's RST": {0, FlowRST},
-		"all": {FlowFIN | FlowRST, FlowFIN | FlowRST | FlowConfirmed},
-	}
-	r := newFlowRig(t, settings{})
-	bothFamilies(t, func(t *testing.T, f family) {
-		for name, state := range states {
-			t.Run(name, func(t *testing.T) {
-				r := r.with(t)
-				r.bind(f, LegClient, func(e *Entry) { e.Flow.Control |= state[0] })
-				other := r.bind(f, LegBackend, func(e *Entry) { e.Flow.Control |= state[1] })
-				r.closingSyn(f)
-				r.sameEntry(r.entry(f, LegBackend), other)
-			})
-		}
-		t.Run("no backend entry", func(t *testing.T) {
-			r := r.with(t)
-			r.bind(f, LegClient, nil)
-			r.closingSyn(f)
-		})
-	})
-}
-
-func (r *rig) closingSyn(f family) {
-	r.Helper()
-	// A SYN-ACK is not a new connection, and a dead daemon cannot take one.
-	before := r.entry(f, LegClient)
-	s := f.clientSegment(syn | ack)
-	r.expect(ProgramClient, s.frame(), unknown(s))
-	r.live.Beat = monotonic(r) - uint64(aliveFor+time.Second)
-	must(r, r.tables.SetLive(&r.live))
-	r.live.Beat = monotonic(r)
-	r.expect(ProgramClient, f.clientSegment(syn).frame(), pass(bpfReasonREASON_DAEMON_DEAD))
-	r.setClock()
-	r.sameEntry(r.entry(f, LegClient), before)
-
-	r.expectAnswer(f.clientSegment(syn))
-	if _, err := r.tables.LookupFlow(LegClient, f.tuple(LegClient)); !errors.Is(err, ebpf.ErrKeyNotExist) {
-		r.Errorf("the client's entry: %v", err)
-	}
-	s = r.hello(f)
-	r.expect(ProgramClient, s.frame(), hello(s))
-}
-
-// A repeated SYN-ACK of a backend is the engine's to answer, with or without a path.
-func TestFlowSynAckRepeated(t *testing.T) {
-	r := newFlowRig(t, settings{})
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		before := r.bind(f, LegBackend, nil)
-		s := f.backendSegment(syn | ack)
-		r.expect(ProgramBackend, s.frame(), backendEvent(s))
-		must(t, r.tables.DeletePath(f.source.Addr(), f.backend))
-		r.expect(ProgramBackend, s.frame(), backendEvent(s))
-		r.sameEntry(r.entry(f, LegBackend), before)
-		r.expectForward(f, LegBackend, f.backendSegment(ack), skbuff{}) // the flow needs no path
-		must(t, r.tables.AddPath(f.source.Addr(), f.backend, 1))
 	})
 }
 
@@ -657,18 +519,26 @@ func TestFlowWrongChecksum(t *testing.T) {
 	})
 }
 
-// Anything the wire and the engine can say, against the model.
+// Anything the wire and the engine can say, against the model. Flows of the backend leg
+// have any port, and some are pending.
 func TestFlowRandom(t *testing.T) {
 	r := newFlowRig(t, settings{workers: 2})
+	r.live.Flags = LiveSourceClient
+	r.setClock()
 	random := rand.New(rand.NewPCG(5, 6))
 	sometimes := func() uint16 { return uint16(random.IntN(8) / 7) }
 	for i := range randomRuns {
 		f, leg := families[random.IntN(2)], Leg(random.IntN(2))
+		f.source = netip.AddrPortFrom(f.source.Addr(), uint16(random.Uint32()))
 		e := f.entry(leg)
 		e.Flow = Flow{
 			Bytes: random.Uint64(), Seq: random.Uint32(), Ack: random.Uint32(), Tsval: random.Uint32(), Tsecr: random.Uint32(),
 			LastAck: random.Uint32(), Packets: random.Uint32(), Generation: uint16(i), Id: uint16(random.Uint32()),
 			Control: FlowControl(nexthopIndex, random.IntN(29)-14, random.IntN(2)),
+		}
+		pending := leg == LegBackend && random.IntN(4) == 0
+		if pending {
+			e.Flow.Control |= FlowPending
 		}
 		must(t, r.tables.InsertFlow(leg, f.tuple(leg), &e))
 		for range 1 + random.IntN(3) {
@@ -685,7 +555,11 @@ func TestFlowRandom(t *testing.T) {
 			if sometimes() == 1 {
 				s.tags = []vlan{{0x8100, uint16(random.Uint32())}}
 			}
-			r.expectForward(f, leg, s, skbuff{})
+			if pending {
+				r.expectPending(f, s)
+			} else {
+				r.expectForward(f, leg, s, skbuff{})
+			}
 			if t.Failed() {
 				t.Fatalf("packet was %x, entry %+v", s.frame(), e)
 			}

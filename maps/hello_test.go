@@ -85,6 +85,24 @@ func TestHelloKinds(t *testing.T) {
 		{"ACK alone, padded", func(s *segment) { s.payload, s.padding = nil, make([]byte, 6) }, handshakeAck},
 		{"the ACK of our FIN", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+1 }, handshakeAck},
 
+		{"the ACK of our alert", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+behindAlert }, handshakeAck},
+		{"the same with PSH, URG", func(s *segment) { s.flags, s.payload, s.ack = ack|psh|urg, nil, s.ack+behindAlert }, handshakeAck},
+		{"the same, padded", func(s *segment) { s.payload, s.padding, s.ack = nil, make([]byte, 6), s.ack+behindAlert }, handshakeAck},
+		{"FIN behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack|fin, nil, s.ack+behindAlert }, hello},
+		{"data and FIN behind our alert", func(s *segment) { s.flags, s.ack = ack|fin|psh, s.ack+behindAlert }, hello},
+
+		{"data behind our alert", func(s *segment) { s.ack += behindAlert }, unknown},
+		{"ACK of the alert without our FIN", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+AlertLength }, unknown},
+		{"FIN without the ACK of our FIN", func(s *segment) { s.flags, s.payload, s.ack = ack|fin, nil, s.ack+AlertLength }, unknown},
+		{"ACK one behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+behindAlert+1 }, unknown},
+		{"FIN one behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack|fin, nil, s.ack+behindAlert+1 }, unknown},
+		{"FIN behind our alert, no ACK", func(s *segment) { s.flags, s.payload, s.ack = fin, nil, s.ack+behindAlert }, unknown},
+		{"SYN and ACK behind our alert", func(s *segment) { s.flags, s.payload, s.ack = syn|ack, nil, s.ack+behindAlert }, unknown},
+		{"SYN and FIN behind our alert", func(s *segment) { s.flags, s.payload, s.ack = syn|ack|fin, nil, s.ack+behindAlert }, unknown},
+		{"RST behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack|rst, nil, s.ack+behindAlert }, unknownDrop},
+		{"RST and FIN behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack|rst|fin, nil, s.ack+behindAlert }, unknownDrop},
+
+		{"data and FIN behind our FIN", func(s *segment) { s.flags, s.ack = ack|fin, s.ack+1 }, unknown},
 		{"data behind our FIN", func(s *segment) { s.ack++ }, unknown},
 		{"FIN behind our FIN", func(s *segment) { s.flags, s.payload, s.ack = ack|fin, nil, s.ack+1 }, unknown},
 		{"ACK two behind", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+2 }, unknown},
@@ -112,6 +130,10 @@ func TestHelloKinds(t *testing.T) {
 	})
 }
 
+// behindAlert is how much more than a handshake's a client acknowledges after the
+// engine closed the connection with an alert and a FIN.
+const behindAlert = AlertLength + 1
+
 func handshakeAck(segment) want { return drop(bpfReasonREASON_HANDSHAKE_ACK) }
 func unknownDrop(segment) want  { return drop(bpfReasonREASON_UNKNOWN_DROP) }
 
@@ -126,6 +148,12 @@ func TestCookieAge(t *testing.T) {
 			s.ack = helloSays.make(r.live.Keys, r.slot-uint64(age), s.src, s.dst) + 1
 			w := unknown(s)
 			if age >= 0 && age <= 2 {
+				w = hello(s)
+			}
+			r.expect(ProgramClient, s.frame(), w)
+			// The same behind a close by alert.
+			s.ack, s.flags = s.ack+behindAlert, s.flags|fin
+			if w = unknown(s); age >= 0 && age <= 2 {
 				w = hello(s)
 			}
 			r.expect(ProgramClient, s.frame(), w)
@@ -286,6 +314,10 @@ func TestHelloWorkers(t *testing.T) {
 					next := hello(s)
 					next.events[0].Worker = w.events[0].Worker
 					r.expect(ProgramClient, s.frame(), next)
+					s.ack += behindAlert // its FIN after a close by alert
+					next = hello(s)
+					next.events[0].Worker = w.events[0].Worker
+					r.expect(ProgramClient, s.frame(), next)
 				}
 			}
 			if len(seen) != int(workers) {
@@ -357,7 +389,7 @@ func unknownWant(s segment, policy uint8) want {
 	}
 }
 
-// allow writes how many resets this second has seen, on every CPU.
+// allow writes how many rationed events this second has seen, on every CPU.
 func (r *rig) allow(second, used uint64) {
 	r.Helper()
 	cpus, err := ebpf.PossibleCPU()
@@ -369,6 +401,16 @@ func (r *rig) allow(second, used uint64) {
 	must(r, r.coll.Maps[bpfMapAllowance].Put(uint32(0), all))
 }
 
+// wholeSecond waits until there is time for a few packets within one second, and
+// returns it.
+func (r *rig) wholeSecond() uint64 {
+	r.Helper()
+	for monotonic(r)%1e9 > 8e8 {
+		time.Sleep(50 * time.Millisecond)
+	}
+	return monotonic(r) / 1e9
+}
+
 // Resets are rationed by the second and CPU.
 func TestUnknownLimit(t *testing.T) {
 	r := newRig(t, settings{})
@@ -376,11 +418,8 @@ func TestUnknownLimit(t *testing.T) {
 	bothFamilies(t, func(t *testing.T, f family) {
 		r := r.with(t)
 		s := f.clientSegment(ack)
-		for now := monotonic(t); now%1e9 > 8e8; now = monotonic(t) { // stay within one second
-			time.Sleep(50 * time.Millisecond)
-		}
-		second := monotonic(t) / 1e9
-		r.allow(second, unknownPerSecond-1)
+		second := r.wholeSecond()
+		r.allow(second, eventsPerSecond-1)
 		r.expect(ProgramClient, s.frame(), unknown(s))
 		r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
 		r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))

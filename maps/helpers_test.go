@@ -146,16 +146,16 @@ type rig struct {
 }
 
 const (
-	testSlot         = 0x0675bcd1
-	portFirst        = 20000
-	portLast         = 20999
-	mss4, mss6       = 1460, 1440
-	aliveFor         = 10 * time.Second
-	defaultRing      = 1 << 16
-	nexthopIndex     = 7
-	nexthopMTU       = 1500
-	listenerID       = 3
-	unknownPerSecond = 2000 // UNKNOWN_RESETS_PER_SECOND
+	testSlot        = 0x0675bcd1
+	portFirst       = 20000
+	portLast        = 20999
+	mss4, mss6      = 1460, 1440
+	aliveFor        = 10 * time.Second
+	defaultRing     = 1 << 16
+	nexthopIndex    = 7
+	nexthopMTU      = 1500
+	listenerID      = 3
+	eventsPerSecond = 2000
 )
 
 func newRig(tb testing.TB, set settings) *rig {
@@ -296,6 +296,7 @@ type event struct {
 	Listener uint16
 	Ifindex  uint32
 	Length   uint32
+	MTU      uint16
 	MAC      mac
 	Data     []byte // from the IP header on
 }
@@ -339,7 +340,7 @@ func (r *rig) event(raw []byte, worker int, after uint64) event {
 	}
 	return event{
 		Kind: EventKind(h.Kind), Leg: Leg(h.Leg), Worker: worker, Listener: h.Listener,
-		Ifindex: h.Ifindex, Length: h.Length, MAC: h.Mac, Data: data[:h.Captured],
+		Ifindex: h.Ifindex, Length: h.Length, MTU: h.Mtu, MAC: h.Mac, Data: data[:h.Captured],
 	}
 }
 

@@ -144,37 +144,40 @@ func (s segment) tcp() []byte {
 	return b
 }
 
-func (s segment) ip4(tcp []byte) []byte {
-	b := make([]byte, 20, 20+len(tcp))
+func (s segment) ip4(proto uint8, inner []byte) []byte {
+	b := make([]byte, 20, 20+len(inner))
 	b[0], b[1] = 0x45, s.tos
-	binary.BigEndian.PutUint16(b[2:], uint16(20+len(tcp)))
+	binary.BigEndian.PutUint16(b[2:], uint16(20+len(inner)))
 	binary.BigEndian.PutUint16(b[4:], s.id)
-	b[6], b[8], b[9] = 0x40, s.ttl, 6
+	b[6], b[8], b[9] = 0x40, s.ttl, proto
 	copy(b[12:], s.src.Addr().AsSlice())
 	copy(b[16:], s.dst.Addr().AsSlice())
 	binary.BigEndian.PutUint16(b[10:], ^uint16(sum16(0, b)))
-	return append(b, tcp...)
+	return append(b, inner...)
 }
 
-func (s segment) ip6(tcp []byte) []byte {
+func (s segment) ip6(proto uint8, inner []byte) []byte {
 	b := binary.BigEndian.AppendUint32(nil, 6<<28|uint32(s.tos)<<20|s.flowLabel)
-	b = binary.BigEndian.AppendUint16(b, uint16(len(tcp)))
-	b = append(b, 6, s.ttl)
+	b = binary.BigEndian.AppendUint16(b, uint16(len(inner)))
+	b = append(b, proto, s.ttl)
 	b = append(b, s.src.Addr().AsSlice()...)
 	b = append(b, s.dst.Addr().AsSlice()...)
-	return append(b, tcp...)
+	return append(b, inner...)
 }
 
 // packet is the segment from its IP header on.
 func (s segment) packet() []byte {
 	if s.src.Addr().Is4() {
-		return s.ip4(s.tcp())
+		return s.ip4(6, s.tcp())
 	}
-	return s.ip6(s.tcp())
+	return s.ip6(6, s.tcp())
 }
 
 // frame is the segment as it is on the link.
-func (s segment) frame() []byte {
+func (s segment) frame() []byte { return s.onLink(s.packet()) }
+
+// onLink is any packet in the segment's place.
+func (s segment) onLink(packet []byte) []byte {
 	b := slices.Concat(s.dstMAC[:], s.srcMAC[:])
 	for _, t := range s.tags {
 		b = binary.BigEndian.AppendUint16(b, t.tpid)
@@ -185,7 +188,7 @@ func (s segment) frame() []byte {
 		proto = 0x86dd
 	}
 	b = binary.BigEndian.AppendUint16(b, proto)
-	return slices.Concat(b, s.packet(), s.padding)
+	return slices.Concat(b, packet, s.padding)
 }
 
 // l3 and l4 are where IP and TCP start in the frame.

@@ -28,10 +28,10 @@ const (
 
 // answered is the model: what a SYN's options become in the SYN-ACK, and what its
 // cookie has to hold.
-func answered(syn []byte, is4 bool, tsval uint32) ([]byte, cookieFields) {
+func answered(syn []byte, is4 bool, tsval, live uint32) ([]byte, cookieFields) {
 	out := bytes.Repeat([]byte{optNOP}, len(syn))
 	says := cookieFields{class: 0, wscale: 15}
-	sizes := map[byte]int{optMSS: 4, optWScale: 3, optSackOK: 2, optTS: 10}
+	sizes := spoken(live)
 	for at := 0; at < len(syn) && syn[at] != optEOL; {
 		if syn[at] == optNOP {
 			at++
@@ -48,6 +48,18 @@ func answered(syn []byte, is4 bool, tsval uint32) ([]byte, cookieFields) {
 		at += len(option)
 	}
 	return out, says
+}
+
+// spoken is the size of each option that we announce under these live flags.
+func spoken(live uint32) map[byte]int {
+	sizes := map[byte]int{optMSS: 4, optWScale: 3, optSackOK: 2, optTS: 10}
+	if live&LiveNoSACK != 0 {
+		delete(sizes, optSackOK)
+	}
+	if live&LiveNoTimestamps != 0 {
+		delete(sizes, optTS)
+	}
+	return sizes
 }
 
 func answerOption(option []byte, is4 bool, tsval uint32, says *cookieFields) []byte {
@@ -73,7 +85,7 @@ func answerOption(option []byte, is4 bool, tsval uint32, says *cookieFields) []b
 
 // answer is the model: the SYN-ACK to a SYN.
 func (r *rig) answer(s segment, tsval uint32) segment {
-	options, says := answered(s.options, s.src.Addr().Is4(), tsval)
+	options, says := answered(s.options, s.src.Addr().Is4(), tsval, r.live.Flags)
 	a := s
 	a.srcMAC, a.dstMAC = s.dstMAC, s.srcMAC
 	a.src, a.dst = s.dst, s.src
@@ -103,7 +115,7 @@ func (r *rig) expectAnswer(s segment) segment {
 		}
 	}
 	sameFrame(r, out, best.frame())
-	if err := strictSynAck(best.options); err != nil {
+	if err := strictSynAck(best.options, spoken(r.live.Flags)); err != nil {
 		r.Errorf("options %x: %v", best.options, err)
 	}
 	return best
@@ -111,8 +123,7 @@ func (r *rig) expectAnswer(s segment) segment {
 
 // strictSynAck reads options as an unforgiving client would: known ones only, each
 // once and of its size, nothing behind the end.
-func strictSynAck(b []byte) error {
-	sizes := map[byte]int{optMSS: 4, optWScale: 3, optSackOK: 2, optTS: 10}
+func strictSynAck(b []byte, sizes map[byte]int) error {
 	for len(b) > 0 {
 		if b[0] == optNOP {
 			b = b[1:]
@@ -233,9 +244,43 @@ func TestSynOptions(t *testing.T) {
 func TestAnsweredModel(t *testing.T) {
 	in, _ := hex.DecodeString("020405b40402080a112233440000000001030309" + "fe0cf989261fb060cecab690" + "00" + "020401")
 	want, _ := hex.DecodeString("020405b40402080aa1a2a3a41122334401030307" + strings.Repeat("01", 16))
-	got, says := answered(in, true, 0xa1a2a3a4)
+	got, says := answered(in, true, 0xa1a2a3a4, 0)
 	if !bytes.Equal(got, want) || says != (cookieFields{class: 6, wscale: 9, sack: true}) {
 		t.Errorf("answered %x, %+v", got, says)
+	}
+	want, _ = hex.DecodeString("020405b4" + strings.Repeat("01", 13) + "030307" + strings.Repeat("01", 16))
+	got, says = answered(in, true, 0xa1a2a3a4, LiveNoSACK|LiveNoTimestamps)
+	if !bytes.Equal(got, want) || says != (cookieFields{class: 6, wscale: 9}) {
+		t.Errorf("without SACK and timestamps: answered %x, %+v", got, says)
+	}
+}
+
+// What the backends do not have is not announced: NOPs in its place, and the cookie
+// knows.
+func TestSynRefusedOptions(t *testing.T) {
+	rows := layouts(t)
+	for name, text := range oddSyns {
+		options, err := hex.DecodeString(text)
+		must(t, err)
+		rows[name] = append(options, make([]byte, -len(options)&3)...)
+	}
+	r := newRig(t, settings{})
+	r.listen(UnknownFlowReset)
+	for _, flags := range []uint32{LiveNoSACK, LiveNoTimestamps, LiveNoSACK | LiveNoTimestamps, LiveSourceClient, 7} {
+		r.live.Flags = flags
+		r.setClock()
+		bothFamilies(t, func(t *testing.T, f family) {
+			for name, options := range rows {
+				t.Run(fmt.Sprint(flags, "/", name), func(t *testing.T) {
+					s := f.clientSegment(syn)
+					s.options = options
+					a := r.with(t).expectAnswer(s)
+					if sack := a.seq >> 22 & 1; flags&LiveNoSACK != 0 && sack != 0 {
+						t.Errorf("cookie %#x says SACK", a.seq)
+					}
+				})
+			}
+		})
 	}
 }
 
@@ -490,7 +535,11 @@ func TestSynRandom(t *testing.T) {
 	r := newRig(t, settings{})
 	r.listen(UnknownFlowReset)
 	random := rand.New(rand.NewPCG(3, 4))
-	for range randomRuns {
+	for i := range randomRuns {
+		if i%100 == 0 {
+			r.live.Flags = uint32(random.IntN(8))
+			r.setClock()
+		}
 		f := families[random.IntN(2)]
 		s := f.clientSegment(syn | uint16(random.Uint32())&(psh|urg|ece|cwr|ae|reservedFlags))
 		s.options = randomOptions(random)

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package maps
+
+import (
+	"encoding/hex"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+)
+
+// The engine hears once of each side's FIN, and once of its RST.
+func TestFlowCloses(t *testing.T) {
+	r := newFlowRig(t, settings{workers: 3})
+	bothFamilies(t, func(t *testing.T, f family) {
+		r := r.with(t)
+		r.bind(f, LegClient, nil)
+		r.bind(f, LegBackend, nil)
+		for _, step := range []struct {
+			leg   Leg
+			flags uint16
+			state uint32
+		}{
+			{LegClient, ack, 0},
+			{LegClient, ack | fin, FlowFIN},
+			{LegClient, ack | fin | psh, FlowFIN},
+			{LegBackend, ack, 0},
+			{LegBackend, ack | fin, FlowFIN},
+			{LegBackend, ack | rst, FlowFIN | FlowRST},
+			{LegBackend, rst, FlowFIN | FlowRST},
+			{LegClient, ack, FlowFIN},
+			{LegClient, rst, FlowFIN | FlowRST},
+			{LegClient, rst | fin, FlowFIN | FlowRST},
+			{LegBackend, fin | rst, FlowFIN | FlowRST},
+		} {
+			r.expectForward(f, step.leg, f.legSegment(step.leg, step.flags), skbuff{})
+			if e := r.entry(f, step.leg); e.Flow.Control&(FlowFIN|FlowRST) != step.state {
+				t.Errorf("state is %#x after %+v", e.Flow.Control, step)
+			}
+		}
+	})
+}
+
+// A SYN on a live flow is translated, so that the backend's answer heals it; its
+// window has no scale and stays.
+func TestFlowSynLive(t *testing.T) {
+	states := map[string][2]uint32{
+		"open": {}, "client's FIN": {FlowFIN, 0}, "backend's FIN": {0, FlowFIN}, "confirmed": {FlowConfirmed, FlowConfirmed},
+	}
+	r := newFlowRig(t, settings{})
+	bothFamilies(t, func(t *testing.T, f family) {
+		for name, state := range states {
+			t.Run(name, func(t *testing.T) {
+				r := r.with(t)
+				r.bind(f, LegClient, func(e *Entry) { e.Flow.Control = FlowControl(nexthopIndex, 5, 0) | state[0] })
+				r.bind(f, LegBackend, func(e *Entry) { e.Flow.Control |= state[1] })
+				s := f.clientSegment(syn)
+				s.options, _ = hex.DecodeString("020405b40402080a112233440000000001030307")
+				r.expectForward(f, LegClient, s, skbuff{})
+				s.flags = syn | ack
+				r.expectForward(f, LegClient, s, skbuff{})
+			})
+		}
+	})
+}
+
+// A SYN on a flow that is over starts a new connection: the kernel forgets the
+// client's entry and answers.
+func TestFlowSynClosing(t *testing.T) {
+	states := map[string][2]uint32{
+		"both FINs": {FlowFIN, FlowFIN}, "client's RST": {FlowRST, 0}, "backend's RST": {0, FlowRST},
+		"all": {FlowFIN | FlowRST, FlowFIN | FlowRST | FlowConfirmed},
+	}
+	r := newFlowRig(t, settings{})
+	bothFamilies(t, func(t *testing.T, f family) {
+		for name, state := range states {
+			t.Run(name, func(t *testing.T) {
+				r := r.with(t)
+				r.bind(f, LegClient, func(e *Entry) { e.Flow.Control |= state[0] })
+				other := r.bind(f, LegBackend, func(e *Entry) { e.Flow.Control |= state[1] })
+				r.closingSyn(f)
+				r.sameEntry(r.entry(f, LegBackend), other)
+			})
+		}
+		t.Run("no backend entry", func(t *testing.T) {
+			r := r.with(t)
+			r.bind(f, LegClient, nil)
+			r.closingSyn(f)
+		})
+	})
+}
+
+func (r *rig) closingSyn(f family) {
+	r.Helper()
+	// A SYN-ACK is not a new connection, and a dead daemon cannot take one.
+	before := r.entry(f, LegClient)
+	s := f.clientSegment(syn | ack)
+	r.expect(ProgramClient, s.frame(), unknown(s))
+	r.live.Beat = monotonic(r) - uint64(aliveFor+time.Second)
+	must(r, r.tables.SetLive(&r.live))
+	r.live.Beat = monotonic(r)
+	r.expect(ProgramClient, f.clientSegment(syn).frame(), pass(bpfReasonREASON_DAEMON_DEAD))
+	r.setClock()
+	r.sameEntry(r.entry(f, LegClient), before)
+
+	r.expectAnswer(f.clientSegment(syn))
+	if _, err := r.tables.LookupFlow(LegClient, f.tuple(LegClient)); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		r.Errorf("the client's entry: %v", err)
+	}
+	s = r.hello(f)
+	r.expect(ProgramClient, s.frame(), hello(s))
+}
+
+// A repeated SYN-ACK of a backend is the engine's to answer, with or without a path.
+func TestFlowSynAckRepeated(t *testing.T) {
+	r := newFlowRig(t, settings{})
+	bothFamilies(t, func(t *testing.T, f family) {
+		r := r.with(t)
+		before := r.bind(f, LegBackend, nil)
+		s := f.backendSegment(syn | ack)
+		r.expect(ProgramBackend, s.frame(), backendEvent(s))
+		must(t, r.tables.DeletePath(f.source.Addr(), f.backend))
+		r.expect(ProgramBackend, s.frame(), backendEvent(s))
+		r.sameEntry(r.entry(f, LegBackend), before)
+		r.expectForward(f, LegBackend, f.backendSegment(ack), skbuff{}) // the flow needs no path
+		must(t, r.tables.AddPath(f.source.Addr(), f.backend, 1))
+	})
+}
