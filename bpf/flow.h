@@ -205,10 +205,11 @@ static __always_inline enum reason flow_may_forward(struct __sk_buff *skb, const
 	/* The stack would find no socket and reset the client, so not "pass". */
 	if (pkt->ttl <= 1)
 		return REASON_TTL_EXPIRED;
-	if (flow_wire_length(skb, pkt) > hop->mtu)
-		return REASON_TOO_BIG;
 	if ((pkt->flags & (TCP_SYN | TCP_RST | TCP_FIN)) == 0 && !(pkt->flags & TCP_ACK))
 		return REASON_JUNK;
+	/* Last: the engine cuts what would have gone out otherwise. */
+	if (flow_wire_length(skb, pkt) > hop->mtu)
+		return REASON_TOO_BIG;
 	return REASON_OK;
 }
 

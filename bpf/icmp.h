@@ -11,8 +11,10 @@
 #define ICMP6_TOO_BIG	  2
 #define IP_OFFSET	  0x1fff
 
-struct port_pair {
+/* What routers must quote of TCP (RFC 792). */
+struct quoted_tcp {
 	__be16 sport, dport;
+	__be32 seq;
 };
 
 /* The addresses of the quoted IPv4 packet, turned around. Returns its length. */
@@ -48,7 +50,7 @@ static __always_inline __u32 icmp_quote6(struct __sk_buff *skb, struct packet *p
  */
 static __noinline int icmp_quoted(struct __sk_buff *skb, struct packet *pkt)
 {
-	struct port_pair ports;
+	struct quoted_tcp tcp;
 	__u32 at, length;
 	__u8 type;
 
@@ -61,11 +63,12 @@ static __noinline int icmp_quoted(struct __sk_buff *skb, struct packet *pkt)
 		length = icmp_quote6(skb, pkt, at);
 	else
 		return 0;
-	/* Routers must quote 8 bytes of TCP (RFC 792): the ports and the number. */
-	if (!length || bpf_skb_load_bytes(skb, at + length, &ports, sizeof(ports)))
+	/* What Ethernet filled the frame up with is no quote. */
+	if (!length || at + length + sizeof(tcp) > pkt->l3 + pkt->length ||
+	    bpf_skb_load_bytes(skb, at + length, &tcp, sizeof(tcp)))
 		return 0;
-	pkt->sport = ports.dport;
-	pkt->dport = ports.sport;
+	pkt->sport = tcp.dport;
+	pkt->dport = tcp.sport;
 	return 1;
 }
 

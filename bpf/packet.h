@@ -181,11 +181,11 @@ static __always_inline enum reason packet_parse(void *data, void *data_end, __u3
 		why = REASON_VLAN_STACKED;
 	else
 		why = REASON_NOT_TCP;
-	if (why != REASON_OK)
+	if (why != REASON_OK && why != REASON_ICMP)
 		return why;
 	if (pkt->l3 + pkt->length > frame)
 		return REASON_MALFORMED;
-	return packet_parse_tcp(data, data_end, pkt);
+	return why == REASON_OK ? packet_parse_tcp(data, data_end, pkt) : why;
 }
 
 /* The pointers again, after a helper made the old ones invalid. */

@@ -32,7 +32,7 @@ func eventOf(s segment, kind EventKind, limit int) event {
 	p := s.packet()
 	e := event{Kind: kind, Ifindex: 1, Length: uint32(len(p)), MAC: s.srcMAC, Data: p[:min(len(p), limit)]}
 	switch kind {
-	case EventHello, EventUnknown:
+	case EventHello, EventUnknown, EventClosed:
 		e.Listener = listenerID
 	case EventBackend:
 		e.Leg = LegBackend
@@ -49,6 +49,11 @@ const headersOnly = 100
 
 func hello(s segment) want {
 	return told(bpfReasonREASON_HELLO, eventOf(s, EventHello, EventData))
+}
+
+// closed is what a client sends that has our alert and the FIN behind it.
+func closed(s segment) want {
+	return told(bpfReasonREASON_HELLO, eventOf(s, EventClosed, EventData))
 }
 
 func unknown(s segment) want {
@@ -88,10 +93,10 @@ func TestHelloKinds(t *testing.T) {
 		{"the ACK of our alert", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+behindAlert }, handshakeAck},
 		{"the same with PSH, URG", func(s *segment) { s.flags, s.payload, s.ack = ack|psh|urg, nil, s.ack+behindAlert }, handshakeAck},
 		{"the same, padded", func(s *segment) { s.payload, s.padding, s.ack = nil, make([]byte, 6), s.ack+behindAlert }, handshakeAck},
-		{"FIN behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack|fin, nil, s.ack+behindAlert }, hello},
-		{"data and FIN behind our alert", func(s *segment) { s.flags, s.ack = ack|fin|psh, s.ack+behindAlert }, hello},
+		{"FIN behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack|fin, nil, s.ack+behindAlert }, closed},
+		{"data and FIN behind our alert", func(s *segment) { s.flags, s.ack = ack|fin|psh, s.ack+behindAlert }, closed},
+		{"data behind our alert", func(s *segment) { s.ack += behindAlert }, closed},
 
-		{"data behind our alert", func(s *segment) { s.ack += behindAlert }, unknown},
 		{"ACK of the alert without our FIN", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+AlertLength }, unknown},
 		{"FIN without the ACK of our FIN", func(s *segment) { s.flags, s.payload, s.ack = ack|fin, nil, s.ack+AlertLength }, unknown},
 		{"ACK one behind our alert", func(s *segment) { s.flags, s.payload, s.ack = ack, nil, s.ack+behindAlert+1 }, unknown},
@@ -154,7 +159,7 @@ func TestCookieAge(t *testing.T) {
 			// The same behind a close by alert.
 			s.ack, s.flags = s.ack+behindAlert, s.flags|fin
 			if w = unknown(s); age >= 0 && age <= 2 {
-				w = hello(s)
+				w = closed(s)
 			}
 			r.expect(ProgramClient, s.frame(), w)
 			if t.Failed() {
@@ -315,7 +320,7 @@ func TestHelloWorkers(t *testing.T) {
 					next.events[0].Worker = w.events[0].Worker
 					r.expect(ProgramClient, s.frame(), next)
 					s.ack += behindAlert // its FIN after a close by alert
-					next = hello(s)
+					next = closed(s)
 					next.events[0].Worker = w.events[0].Worker
 					r.expect(ProgramClient, s.frame(), next)
 				}
