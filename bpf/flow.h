@@ -55,47 +55,65 @@ static __always_inline bool flow_find(const struct packet *pkt, __u32 leg, struc
 	return b->flow;
 }
 
-/* Forgets the entry this packet was found by: its connection is over and a new
- * one wants the tuple. The other leg's entry is left to the engine.
- */
-static __always_inline void flow_forget(const struct packet *pkt, __u32 leg)
+/* The key of the other direction, whose tuple is this one's rewrite turned around. */
+static __always_inline struct flow4_key flow4_reverse_key(const struct flow4 *f, __u32 leg)
 {
-	if (pkt->family == AF_INET) {
-		struct flow4_key key = flow4_key_of(pkt, leg);
-
-		bpf_map_delete_elem(&flows4, &key);
-	} else {
-		struct flow6_key key = flow6_key_of(pkt, leg);
-
-		bpf_map_delete_elem(&flows6, &key);
-	}
+	return (struct flow4_key){
+		.saddr = f->daddr,
+		.daddr = f->saddr,
+		.sport = f->flow.dport,
+		.dport = f->flow.sport,
+		.leg = !leg,
+	};
 }
 
-/* The other direction's entry, whose tuple is this one's rewrite turned around. */
+static __always_inline struct flow6_key flow6_reverse_key(const struct flow6 *f, __u32 leg)
+{
+	struct flow6_key key = {.sport = f->flow.dport, .dport = f->flow.sport, .leg = !leg};
+
+	address_copy(key.saddr, f->daddr);
+	address_copy(key.daddr, f->saddr);
+	return key;
+}
+
 static __always_inline struct flow *flow_reverse(const struct bound *b, __u32 leg)
 {
 	if (b->v4) {
-		struct flow4_key key = {
-			.saddr = b->v4->daddr,
-			.daddr = b->v4->saddr,
-			.sport = b->v4->flow.dport,
-			.dport = b->v4->flow.sport,
-			.leg = !leg,
-		};
+		struct flow4_key key = flow4_reverse_key(b->v4, leg);
+
 		return bpf_map_lookup_elem(&flows4, &key);
 	}
 	if (b->v6) {
-		struct flow6_key key = {
-			.sport = b->v6->flow.dport,
-			.dport = b->v6->flow.sport,
-			.leg = !leg,
-		};
+		struct flow6_key key = flow6_reverse_key(b->v6, leg);
 
-		address_copy(key.saddr, b->v6->daddr);
-		address_copy(key.daddr, b->v6->saddr);
 		return bpf_map_lookup_elem(&flows6, &key);
 	}
 	return NULL;
+}
+
+/* Forgets both entries of a connection that is over, since a new one wants the
+ * tuple: what the backend of the old one still sends must not get into it.
+ */
+static __noinline int flow_forget(struct packet *pkt, __u32 leg)
+{
+	struct bound b;
+
+	if (!pkt || !flow_find(pkt, leg, &b))
+		return 0;
+	if (b.v4) {
+		struct flow4_key other = flow4_reverse_key(b.v4, leg);
+		struct flow4_key key = flow4_key_of(pkt, leg);
+
+		bpf_map_delete_elem(&flows4, &key);
+		bpf_map_delete_elem(&flows4, &other);
+	} else if (b.v6) {
+		struct flow6_key other = flow6_reverse_key(b.v6, leg);
+		struct flow6_key key = flow6_key_of(pkt, leg);
+
+		bpf_map_delete_elem(&flows6, &key);
+		bpf_map_delete_elem(&flows6, &other);
+	}
+	return 0;
 }
 
 /* Both sides sent a FIN, or one a RST: a SYN now starts a new connection. */
@@ -126,7 +144,9 @@ static __always_inline void flow_account(const struct packet *pkt, struct flow *
 	flow->bytes += pkt->payload;
 	flow->packets += packets;
 	flow->last_seen = now >> 20;
-	if (pkt->flags & TCP_ACK && flow->last_ack != pkt->ack) {
+	/* An older ACK that was overtaken says nothing new; nor does a RST's. */
+	if ((pkt->flags & (TCP_ACK | TCP_RST)) == TCP_ACK &&
+	    (__s32)(pkt->ack - flow->last_ack) > 0) {
 		flow->last_ack = pkt->ack;
 		flow_mark(flow, FLOW_CONFIRMED);
 	}

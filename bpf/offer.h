@@ -21,7 +21,7 @@ static __always_inline enum reason packet_read(struct __sk_buff *skb, struct pac
 	}
 	why = packet_parse(data, data_end, skb->len, pkt);
 	/* One tag in the frame, and one that the kernel took off before us. */
-	if (why == REASON_OK && pkt->tagged && skb->vlan_present)
+	if ((why == REASON_OK || why == REASON_ICMP) && pkt->tagged && skb->vlan_present)
 		return REASON_VLAN_STACKED;
 	return why;
 }

@@ -66,8 +66,8 @@ func TestFlowSynLive(t *testing.T) {
 	})
 }
 
-// A SYN on a flow that is over starts a new connection: the kernel forgets the
-// client's entry and answers.
+// A SYN on a flow that is over starts a new connection: the kernel forgets both
+// entries and answers.
 func TestFlowSynClosing(t *testing.T) {
 	states := map[string][2]uint32{
 		"both FINs": {FlowFIN, FlowFIN}, "client's RST": {FlowRST, 0}, "backend's RST": {0, FlowRST},
@@ -79,9 +79,11 @@ func TestFlowSynClosing(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				r := r.with(t)
 				r.bind(f, LegClient, func(e *Entry) { e.Flow.Control |= state[0] })
-				other := r.bind(f, LegBackend, func(e *Entry) { e.Flow.Control |= state[1] })
+				r.bind(f, LegBackend, func(e *Entry) { e.Flow.Control |= state[1] })
 				r.closingSyn(f)
-				r.sameEntry(r.entry(f, LegBackend), other)
+				if _, err := r.tables.LookupFlow(LegBackend, f.tuple(LegBackend)); !errors.Is(err, ebpf.ErrKeyNotExist) {
+					t.Errorf("the backend's entry, by which old data would reach the new connection: %v", err)
+				}
 			})
 		}
 		t.Run("no backend entry", func(t *testing.T) {
@@ -126,5 +128,32 @@ func TestFlowSynAckRepeated(t *testing.T) {
 		r.sameEntry(r.entry(f, LegBackend), before)
 		r.expectForward(f, LegBackend, f.backendSegment(ack), skbuff{}) // the flow needs no path
 		must(t, r.tables.AddPath(f.source.Addr(), f.backend, 1))
+	})
+}
+
+// The last ACK is the newest one: one that was overtaken on the way says nothing, and neither does a RST's.
+func TestFlowLastAck(t *testing.T) {
+	r := newFlowRig(t, settings{})
+	bothFamilies(t, func(t *testing.T, f family) {
+		r := r.with(t)
+		e := r.bind(f, LegClient, func(e *Entry) { e.Flow.LastAck = 0xfffffff0 })
+		for _, step := range []struct {
+			flags     uint16
+			ack, want uint32
+		}{
+			{ack, 0xffffffe0, 0xfffffff0},
+			{ack, 0xfffffff0, 0xfffffff0},
+			{ack | psh, 0x10, 0x10},
+			{ack, 0xfffffff8, 0x10},
+			{ack | rst, 0x2000, 0x10},
+			{ack | fin, 0x11, 0x11},
+		} {
+			s := f.legSegment(LegClient, step.flags)
+			s.ack = step.ack
+			r.expectForward(f, LegClient, s, skbuff{})
+			if e = r.entry(f, LegClient); e.Flow.LastAck != step.want {
+				t.Errorf("after ACK %#x: %#x, want %#x", step.ack, e.Flow.LastAck, step.want)
+			}
+		}
 	})
 }

@@ -144,7 +144,7 @@ func translated(options []byte, f Flow, hasAck bool) []byte {
 func accounted(e Entry, s segment, packets int) Entry {
 	e.Flow.Bytes += uint64(len(s.payload))
 	e.Flow.Packets += uint32(packets)
-	if s.flags&ack != 0 && s.ack != e.Flow.LastAck {
+	if s.flags&(ack|rst) == ack && int32(s.ack-e.Flow.LastAck) > 0 {
 		e.Flow.LastAck = s.ack
 		e.Flow.Control |= FlowConfirmed
 	}

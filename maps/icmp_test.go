@@ -364,7 +364,7 @@ func TestICMPPath(t *testing.T) {
 		r := r.with(t)
 		e := f.icmpError(LegBackend)
 		r.expect(ProgramBackend, e.frame(), notTCP())
-		r.connect()
+		must(t, r.tables.AddPath(f.source.Addr(), f.backend, 1))
 		for _, port := range []uint16{portFirst, portFirst + 1, sourcePort, portLast} {
 			f.source = netip.AddrPortFrom(f.source.Addr(), port)
 			e = f.icmpError(LegBackend)

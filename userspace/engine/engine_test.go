@@ -210,3 +210,43 @@ func TestIdle(t *testing.T) {
 		t.Errorf("over the wrap: %v", got)
 	}
 }
+
+// A RST ends a flow only if its sender falls silent: one that goes on was not who sent it.
+func TestOutliveReset(t *testing.T) {
+	const now = int64(time.Hour)
+	ago := func(d time.Duration) *maps.Entry {
+		return &maps.Entry{Flow: maps.Flow{LastSeen: uint32((now - int64(d)) >> 20), Control: maps.FlowRST}}
+	}
+	for name, c := range map[string]struct {
+		reset        time.Duration // ago
+		client, back time.Duration // last seen ago
+		by           maps.Leg
+		alive        bool
+	}{
+		"silent":                {8 * time.Second, 8 * time.Second, 8 * time.Second, maps.LegClient, false},
+		"answers what comes in": {8 * time.Second, 7 * time.Second, 7 * time.Second, maps.LegClient, false},
+		"the other side sends":  {8 * time.Second, 8 * time.Second, time.Second, maps.LegClient, false},
+		"goes on":               {8 * time.Second, time.Second, time.Second, maps.LegClient, true},
+		"backend goes on":       {8 * time.Second, 8 * time.Second, time.Second, maps.LegBackend, true},
+	} {
+		f := &flow{closing: &closing{reset: true, resetBy: c.by, resetAt: now - int64(c.reset)}, timeouts: &timeouts{idle: time.Hour, closing: time.Minute}}
+		up, down := ago(c.client), ago(c.back)
+		f.outliveReset(now, up, down)
+		f.noticeEnds(&maps.Entry{}, &maps.Entry{})
+		if alive := f.closing == nil; alive != c.alive || alive != f.outlived[c.by] {
+			t.Errorf("%s: alive %v, want %v", name, alive, c.alive)
+		}
+		if !c.alive {
+			continue
+		}
+		up.Flow.Control, down.Flow.Control = 0, 0
+		mine := up
+		if c.by == maps.LegBackend {
+			mine = down
+		}
+		mine.Flow.Control = maps.FlowRST
+		if f.noticeEnds(up, down); f.closing != nil {
+			t.Errorf("%s: the mark that stays in the entry counts again", name)
+		}
+	}
+}

@@ -18,6 +18,8 @@ const (
 	// closedQuiet is how long a flow whose FINs are both acknowledged must be
 	// silent: the last ACK may be asked for again.
 	closedQuiet = 2 * time.Second
+	// outlived is how long after its RST a side that still sends is alive.
+	outlived = 3 * time.Second
 	// resetQuiet is how long a flow must be silent after a RST, which may have
 	// been forged: later traffic brings the flow back.
 	resetQuiet = 10 * time.Second
@@ -37,6 +39,7 @@ type flow struct {
 	route, sni string
 	bound      int64
 	timeouts   *timeouts
+	outlived   [2]bool         // by leg: a RST of it was no end
 	closing    *closing        // nil while neither side ended
 	origin     *netip.AddrPort // the client by its PROXY header; nil: no other than the peer
 }
@@ -48,6 +51,8 @@ type closing struct {
 	fin          [2]bool // by leg
 	end          [2]uint32
 	reset        bool
+	resetBy      maps.Leg
+	resetAt      int64
 	backendFirst bool
 	unheard      bool // an end was only seen in an entry: where its FIN stands is not known
 }
@@ -96,7 +101,7 @@ func (w *worker) closingSegment(leg maps.Leg, s *packet.Segment) {
 		f.closing = &closing{backendFirst: leg == maps.LegBackend}
 	}
 	if s.Has(packet.RST) {
-		f.closing.reset = true
+		f.closing.reset, f.closing.resetBy, f.closing.resetAt = true, leg, w.now
 	}
 	if s.Has(packet.FIN) {
 		f.closing.fin[leg], f.closing.end[leg] = true, s.End()
@@ -146,6 +151,7 @@ func (f *flow) review(w *worker) {
 	if silent >= staleAfter {
 		f.noticeEnds(up, down)
 	}
+	f.outliveReset(w.now, up, down)
 	if reason := f.over(w.now, up, down, silent); reason != "" {
 		if reason != "closed" && reason != "reset" {
 			f.tellBoth(w, up, down)
@@ -167,7 +173,7 @@ func (f *flow) review(w *worker) {
 // the engine came to them. The kernel programs tell of each only once.
 func (f *flow) noticeEnds(up, down *maps.Entry) {
 	for leg, entry := range [2]*maps.Entry{maps.LegClient: up, maps.LegBackend: down} {
-		fin, reset := entry.Has(maps.FlowFIN), entry.Has(maps.FlowRST)
+		fin, reset := entry.Has(maps.FlowFIN), entry.Has(maps.FlowRST) && !f.outlived[leg]
 		if !fin && !reset || f.closing != nil && (f.closing.fin[leg] || !fin) && (f.closing.reset || !reset) {
 			continue
 		}
@@ -177,6 +183,27 @@ func (f *flow) noticeEnds(up, down *maps.Entry) {
 		f.closing.unheard = true
 		f.closing.fin[leg] = f.closing.fin[leg] || fin
 		f.closing.reset = f.closing.reset || reset
+	}
+}
+
+// outliveReset forgets a RST whose sender went on: it was forged, or at a wrong
+// number. Who has reset only answers what was still under way.
+func (f *flow) outliveReset(now int64, up, down *maps.Entry) {
+	c := f.closing
+	if c == nil || !c.reset || c.unheard {
+		return
+	}
+	entry := up
+	if c.resetBy == maps.LegBackend {
+		entry = down
+	}
+	if now-int64(idle(now, entry.Flow.LastSeen)) < c.resetAt+int64(outlived) {
+		return
+	}
+	f.outlived[c.resetBy] = true // the entry's mark stays
+	c.reset = false
+	if !c.fin[0] && !c.fin[1] {
+		f.closing = nil
 	}
 }
 
