@@ -58,7 +58,7 @@ func (h *handshake) takeLocal(w *worker) bool {
 }
 
 // isClients reports whether a local is the address and port the client itself has.
-func (h *handshake) isClients(l local) bool { return l.AddrPort == h.connection.client }
+func (h *handshake) isClients(l local) bool { return l.AddrPort == h.client }
 
 // borrowClient takes the client's own address and port, as a PROXY header tells them
 // if there is one of the backend's family. No range of ports tells the
@@ -71,7 +71,7 @@ func (h *handshake) borrowClient(w *worker) bool {
 	}
 	client := h.origin.client
 	if client.Addr().Is4() != a.backend.Addr.Addr().Is4() {
-		client = h.connection.client
+		client = h.client
 	}
 	tuple := maps.Tuple{Src: a.backend.Addr, Dst: client}
 	pending := maps.Entry{To: tuple, Flow: maps.Flow{Control: maps.FlowControl(0, 0, w.id) | maps.FlowPending}}
