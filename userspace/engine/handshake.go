@@ -17,13 +17,12 @@ const (
 	// ackAfter without progress the bytes that came are acknowledged, since a
 	// client with Nagle's algorithm, or a small first flight, waits for that.
 	ackAfter = 40 * time.Millisecond
-	// notTLSAfter is how long bytes that start no hello wait for a segment that
-	// belongs before them. A lost first segment comes again after a fifth of a
-	// second, twice that and so on, and after three where the client has no
-	// timestamps and its SYN was lost too (RFC 6298 5.7).
-	notTLSAfter = 3500 * time.Millisecond
-	// loneByteAfter is the same for one byte alone, which hardly is a segment of a
-	// hello, but may be a probe whose sender waits for an answer.
+	// startRepeats of the lowest segment say that nothing is missing before it: TCP
+	// repeats from there. Once may be a probe for a lost tail (RFC 8985 7), which
+	// is the last segment and not the first.
+	startRepeats = 2
+	// loneByteAfter one byte alone, which hardly is a segment of a hello, but may be
+	// a probe whose sender waits for an answer, is acknowledged.
 	loneByteAfter = time.Second
 	// windowToClient is in the engine's own ACKs: the SYN-ACK's 64240 bytes as a
 	// client that scales understands them.
@@ -60,6 +59,7 @@ type handshake struct {
 	held    int    // counted in Engine.held
 	acked   int    // bytes from hello.Start on that the client will not repeat
 	again   bool   // the first segment came twice: the client repeats from there
+	repeats int    // how often it did
 	fin     bool   // the client's FIN came
 	finAt   uint32 // its sequence number
 	options packet.Options
@@ -199,6 +199,7 @@ func (h *handshake) take(w *worker, s *packet.Segment) bool {
 		h.ack(w) // the last one was lost, or this is a keepalive probe
 	case s.Seq == h.hello.Start():
 		h.again = true
+		h.repeats++
 	}
 	return true
 }
@@ -264,18 +265,15 @@ func (h *handshake) parse() (hello.Hello, error) {
 // notTLS deals with bytes that start no hello as they stand.
 func (h *handshake) notTLS(w *worker, err error) {
 	bytes := h.hello.Bytes()
-	late := h.started + int64(notTLSAfter)
-	if len(bytes) == 1 {
-		late = h.started + int64(loneByteAfter)
-	}
+	mayBeLate := !h.settled() && h.repeats < startRepeats && w.now < h.deadline
 	switch {
 	case h.skip == 0 && h.skipProbe(w):
 		h.examine(w)
-	case !h.settled() && w.now < late && w.now < h.deadline && !hello.Plaintext(bytes):
-		// Perhaps the second segment of a hello whose first is late.
-		w.timers.set(&h.timer, min(late, h.deadline))
 	case len(bytes) == 1 && w.now < h.deadline && !h.closed():
-		h.answerProbe(w)
+		h.loneByte(w)
+	case mayBeLate && !hello.Plaintext(bytes):
+		// Perhaps the second segment of a hello whose first is late.
+		w.timers.set(&h.timer, h.deadline)
 	default:
 		h.noHello(w, err)
 	}
@@ -300,14 +298,18 @@ func (h *handshake) skipProbe(w *worker) bool {
 	return true
 }
 
-// answerProbe keeps a lone byte, which may be a probe or something typed, and
-// acknowledges it: a prober whom nobody answers gives the connection up.
-func (h *handshake) answerProbe(w *worker) {
-	if h.acked == 0 {
-		h.acked = 1
-		h.ack(w)
+// loneByte keeps a byte that may be a probe or something typed. After a while it is
+// acknowledged: a prober whom nobody answers gives the connection up.
+func (h *handshake) loneByte(w *worker) {
+	at := h.started + int64(loneByteAfter)
+	if w.now >= at || h.repeats >= startRepeats {
+		if h.acked == 0 {
+			h.acked = 1
+			h.ack(w)
+		}
+		at = h.deadline
 	}
-	w.timers.set(&h.timer, h.deadline)
+	w.timers.set(&h.timer, min(at, h.deadline))
 }
 
 // noHello counts what came in place of a hello and does what is set for it.

@@ -259,6 +259,37 @@ func TestHandshakeMemory(t *testing.T) {
 	runtime.KeepAlive(d)
 }
 
+// Bytes that start no hello wait for what may be missing before them, until the client repeats them: TCP repeats from the
+// first byte that was not acknowledged, save for one probe of the last.
+func TestLateFirstSegment(t *testing.T) {
+	whole := clientHello(t)
+	d, c := newDesk(t, ""), newClient(1)
+	d.sends(c, 101, whole[100:], 0)
+	d.sends(c, 101, whole[100:], 0)
+	d.passes(4 * time.Second)
+	d.wantLast("the second segment", 0, 0)
+	d.sends(c, 1, whole[:100], 0)
+	d.wantState(c, connecting, c.iss+1, 0)
+
+	d = newDesk(t, "")
+	for _, want := range []uint8{0, 0, packet.RST | packet.ACK} {
+		d.sends(c, 1, whole[100:], 0)
+		ack := uint32(0)
+		if want != 0 {
+			ack = c.iss + 1 + uint32(len(whole)-100)
+		}
+		d.wantLast("no hello", want, ack)
+	}
+
+	d = newDesk(t, "")
+	d.sends(c, 1, whole[100:], 0)
+	d.passes(6 * time.Second)
+	d.wantLast("no hello until the timeout", packet.RST|packet.ACK, c.iss+1+uint32(len(whole)-100))
+	if d.stats.hellos[helloNotTLS] != 1 {
+		t.Errorf("counted as %v", d.stats.hellos)
+	}
+}
+
 // What follows a reset is reset again, and is not judged by itself: the rest of a refused hello must not be taken for
 // bytes that are no TLS, and find a pool.
 func TestAfterReset(t *testing.T) {
