@@ -50,6 +50,9 @@ func checkSynAck(t *testing.T, bed *testbed.Bed, v6 bool, options []byte) {
 	if got.Flags != testbed.SYN|testbed.ACK || got.Ack != r.ISS+1 || got.BadChecksum || got.Window == 0 || got.TOS&3 != 0 {
 		t.Errorf("SYN-ACK: %s (TOS %#x, bad checksum %t)", got, got.TOS, got.BadChecksum)
 	}
+	if len(got.Payload) > 0 {
+		t.Errorf("SYN-ACK with %d bytes of the SYN's", len(got.Payload))
+	}
 	for _, kind := range []byte{30, 34, 99} {
 		if _, ok := got.Option(kind); ok {
 			t.Errorf("SYN-ACK repeats option %d: %s", kind, got)

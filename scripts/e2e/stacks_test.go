@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"encoding/hex"
 	"fmt"
+	"io"
 	"net"
 	"syscall"
 	"testing"
@@ -145,6 +146,54 @@ func TestStacksBackend(t *testing.T) {
 	}
 }
 
+// TestStacksWindow looks at the windows that arrive where one side scales and the other does not: taken as they stand, they
+// would be a thousandth of what was meant, or a hundred times as much.
+func TestStacksWindow(t *testing.T) {
+	const key = "ipv4/tcp_window_scaling"
+	for name, off := range map[string]func(*testbed.Bed) *testbed.NS{
+		"client":  func(b *testbed.Bed) *testbed.NS { return b.Client },
+		"backend": func(b *testbed.Bed) *testbed.NS { return b.Backend },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bed := newBed(t, testbed.Options{})
+			must(t, off(bed).Sysctl(key, "0"))
+			attach(t, bed, siteRoutes(bed))
+			families(t, func(t *testing.T, v6 bool) {
+				accepted := make(chan *net.TCPConn, 1)
+				serve(t, bed.Backend, at(bed, 1, v6, 443), func(c net.Conn) { accepted <- c.(*net.TCPConn) })
+				client, err := dialTCP(t, bed, vip(bed, v6))
+				must(t, err)
+				first := hello(t, classic("a.example.com"))
+				_, err = client.Write(first)
+				must(t, err)
+				backend := <-accepted
+				defer func() { _ = backend.Close() }()
+				_, err = io.ReadFull(backend, make([]byte, len(first)))
+				must(t, err)
+				must(t, echo(client, backend, "to the backend"))
+				must(t, echo(backend, client, "to the client"))
+				for who, c := range map[string]*net.TCPConn{"client": client, "backend": backend} {
+					if window := sendWindow(t, c); window < 16<<10 || window > 1<<20 {
+						t.Errorf("the %s may send %d bytes", who, window)
+					}
+				}
+			})
+		})
+	}
+}
+
+// sendWindow is the peer's window as the kernel understands it.
+func sendWindow(t *testing.T, c *net.TCPConn) uint32 {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	must(t, err)
+	var info *unix.TCPInfo
+	var infoErr error
+	must(t, raw.Control(func(fd uintptr) { info, infoErr = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }))
+	must(t, infoErr)
+	return info.Snd_wnd
+}
+
 // secondWorks asks twice.
 func secondWorks(t *testing.T, bed *testbed.Bed, v6 bool) {
 	t.Helper()
@@ -172,6 +221,12 @@ func TestStacksBackendMTU(t *testing.T) {
 			startBackends(t, bed)
 			attach(t, bed, siteRoutes(bed))
 			families(t, func(t *testing.T, v6 bool) {
+				// The first connection was told of more than the backend takes.
+				began := time.Now()
+				uploadSize(t, bed, vip(bed, v6), "a.example.com", 2<<20)
+				if took := time.Since(began); took > 10*time.Second {
+					t.Errorf("the first upload took %s", took)
+				}
 				secondWorks(t, bed, v6)
 				moveBothWays(t, bed, v6)
 			})
