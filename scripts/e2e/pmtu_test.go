@@ -3,7 +3,12 @@
 package e2e
 
 import (
+	"net"
 	"testing"
+	"time"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
 
 	"snilb/scripts/testbed"
 )
@@ -35,4 +40,78 @@ func wantBothTold(t *testing.T, bed *testbed.Bed, opts testbed.Options, v6 bool)
 	if opts.BackendHop != 0 && tooBig(t, bed.Client, v6) == 0 {
 		t.Error("the client was never told of the backend's small link")
 	}
+}
+
+// TestShortQuote has a router that quotes no more than it must of the packet that was too big, the IP header and 8 bytes of
+// TCP: the backend finds its connection by what snilb makes of it, and repeats the packet in smaller ones at once. A quote
+// of a number that is not under way changes nothing.
+func TestShortQuote(t *testing.T) {
+	const mtu = 1300
+	bed := newBed(t, testbed.Options{NoOffload: true})
+	attach(t, bed, siteRoutes(bed))
+	families(t, func(t *testing.T, v6 bool) {
+		serve(t, bed.Backend, at(bed, 1, v6, 443), func(c net.Conn) {
+			defer func() { _ = c.Close() }()
+			_, _ = c.Read(make([]byte, 4096))
+			_, _ = c.Write(make([]byte, 4000))
+			_, _ = c.Read(make([]byte, 1)) // until the end of the test
+		})
+		r, err := bed.Raw(vip(bed, v6))
+		must(t, err)
+		defer func() { _ = r.Close() }()
+		_, err = r.Open(testbed.LinuxSYN(r.TSVal), 3*time.Second)
+		must(t, err)
+		must(t, r.Send(r.At(0, hello(t, classic("a.example.com")))))
+		first := nextData(t, r)
+		wrong := first
+		wrong.Seq -= 1 << 24
+		must(t, r.SendPacket(icmpTooBig(t, wrong, mtu)))
+		if s, err := r.Recv(100 * time.Millisecond); err == nil && len(s.Payload) > 0 && s.Seq == first.Seq && len(s.Payload) < len(first.Payload) {
+			t.Errorf("a quote of nothing under way cut %d bytes to %d", len(first.Payload), len(s.Payload))
+		}
+		must(t, r.SendPacket(icmpTooBig(t, first, mtu)))
+		for deadline := time.Now().Add(5 * time.Second); ; {
+			s := nextData(t, r)
+			if size := len(s.Marshal()); s.Seq == first.Seq && size <= mtu && size < len(first.Marshal()) {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("the backend still sends %d bytes", len(s.Marshal()))
+			}
+		}
+		must(t, r.Send(r.Bare(testbed.RST)))
+	})
+}
+
+// nextData waits for a segment with payload.
+func nextData(t *testing.T, r *testbed.Raw) testbed.Segment {
+	t.Helper()
+	for {
+		s, err := r.Recv(5 * time.Second)
+		must(t, err)
+		if len(s.Payload) > 0 {
+			return s
+		}
+	}
+}
+
+// icmpTooBig is what a router on the way to the receiver of s says, with the shortest quote that is allowed (RFC 792).
+func icmpTooBig(t *testing.T, s testbed.Segment, mtu uint16) []byte {
+	t.Helper()
+	var layer []gopacket.SerializableLayer
+	quote := s.Marshal()
+	if s.Src.Addr().Is4() {
+		ip := &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolICMPv4, SrcIP: s.Dst.Addr().AsSlice(), DstIP: s.Src.Addr().AsSlice()}
+		layer = []gopacket.SerializableLayer{ip, &layers.ICMPv4{
+			TypeCode: layers.CreateICMPv4TypeCode(layers.ICMPv4TypeDestinationUnreachable, layers.ICMPv4CodeFragmentationNeeded), Seq: mtu,
+		}, gopacket.Payload(quote[:20+8])}
+	} else {
+		ip := &layers.IPv6{Version: 6, HopLimit: 64, NextHeader: layers.IPProtocolICMPv6, SrcIP: s.Dst.Addr().AsSlice(), DstIP: s.Src.Addr().AsSlice()}
+		icmp := &layers.ICMPv6{TypeCode: layers.CreateICMPv6TypeCode(layers.ICMPv6TypePacketTooBig, 0)}
+		must(t, icmp.SetNetworkLayerForChecksum(ip))
+		layer = []gopacket.SerializableLayer{ip, icmp, gopacket.Payload(append([]byte{0, 0, byte(mtu >> 8), byte(mtu)}, quote[:40+8]...))}
+	}
+	out := gopacket.NewSerializeBuffer()
+	must(t, gopacket.SerializeLayers(out, gopacket.SerializeOptions{ComputeChecksums: true, FixLengths: true}, layer...))
+	return out.Bytes()
 }
