@@ -34,7 +34,7 @@ type peer struct {
 func (p *peers) learn(backend netip.AddrPort, offered, said *packet.Options) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	old := p.byAddr[backend]
+	old, known := p.byAddr[backend]
 	now := old
 	now.mss = said.MSS
 	if offered.SACKPermitted {
@@ -43,7 +43,7 @@ func (p *peers) learn(backend netip.AddrPort, offered, said *packet.Options) boo
 	if offered.HasTimestamps {
 		now.noTimestamps = !said.HasTimestamps
 	}
-	if now == old {
+	if known && now == old {
 		return false
 	}
 	if p.byAddr == nil {
