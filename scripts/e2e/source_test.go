@@ -181,3 +181,32 @@ func TestSourceAddresses(t *testing.T) {
 		t.Errorf("a source address of somebody else: %v", refused.err)
 	}
 }
+
+// TestSourceClientOfProxy has a proxy in front that names its client: that one's address and port are what the backend sees,
+// and what it answers finds the way back.
+func TestSourceClientOfProxy(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, strings.Replace(sourceRoutes(bed, "client"), `listen: [":443"]`,
+		`listen: {address: ":443", accept_proxy: ["198.51.100.0/24", "2001:db8:1::/64"]}`, 1), "--workers", "1")
+	families(t, func(t *testing.T, v6 bool) {
+		origin := netip.MustParseAddrPort("203.0.113.77:5555")
+		if v6 {
+			origin = netip.MustParseAddrPort("[2001:db8:77::1]:5555")
+		}
+		for range 3 { // again from the same port: the numbers must rise all the same
+			raw, err := dialTCP(t, bed, vip(bed, v6))
+			must(t, err)
+			c := handshake(t, &headed{Conn: raw, header: proxyHeader(t, 2, origin, vip(bed, v6))}, classic("a.example.com"))
+			if got := seenFrom(t, c, "b1"); got != origin {
+				t.Errorf("the backend saw %s, the header said %s", got, origin)
+			}
+			if f := d.flows(); len(f) == 0 || f[len(f)-1].Client != origin.String() {
+				t.Errorf("flows: %+v", f)
+			}
+			must(t, raw.SetLinger(0))
+			must(t, raw.Close())
+			d.waitFlows("none open", 2*time.Second, func(f []flow) bool { return len(f) == 0 || f[0].State != "open" })
+		}
+	})
+}

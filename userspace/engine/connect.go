@@ -91,7 +91,6 @@ func (h *handshake) open(w *worker) bool {
 	}
 	if !h.takeLocal(w) {
 		w.stats.connect(a.backend, "no_port")
-		w.log.limited(w.now, "source ports are used up: give the pool more source addresses", "backend", a.backend.Addr)
 		return false
 	}
 	h.number(w)

@@ -109,6 +109,13 @@ func (w *worker) closingSegment(leg maps.Leg, s *packet.Segment) {
 	w.timers.set(&f.timer, w.now+int64(f.quiet(false)))
 }
 
+// isOver reports whether a RST, or both FINs, have ended the flow: it is kept for
+// what may still come.
+func (f *flow) isOver() bool {
+	c := f.closing
+	return c != nil && (c.reset || c.fin[0] && c.fin[1])
+}
+
 // flowOf finds a flow by a packet of one of its legs.
 func (w *worker) flowOf(leg maps.Leg, s *packet.Segment) *flow {
 	if leg == maps.LegClient {

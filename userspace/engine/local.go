@@ -54,6 +54,7 @@ func (h *handshake) takeLocal(w *worker) bool {
 			return true
 		}
 	}
+	w.log.limited(w.now, "source ports are used up: give the pool more source addresses", "backend", a.backend.Addr)
 	return false
 }
 
@@ -66,18 +67,22 @@ func (h *handshake) isClients(l local) bool { return l.AddrPort == h.client }
 // the flow's in its place.
 func (h *handshake) borrowClient(w *worker) bool {
 	a := &h.attempt
-	if old := w.flows[h.connection]; old != nil {
-		old.remove(w, "replaced") // a SYN found it closed, or there would be no hello
-	}
 	client := h.origin.client
 	if client.Addr().Is4() != a.backend.Addr.Addr().Is4() {
 		client = h.client
 	}
 	tuple := maps.Tuple{Src: a.backend.Addr, Dst: client}
+	if old := w.leaseOf(tuple.Src, tuple.Dst).flow; old != nil && (old.connection == h.connection || old.isOver()) {
+		// A SYN found it closed, or there would be no hello; or it came by another
+		// connection of a proxy, and has ended.
+		old.remove(w, "replaced")
+	}
 	pending := maps.Entry{To: tuple, Flow: maps.Flow{Control: maps.FlowControl(0, 0, w.id) | maps.FlowPending}}
 	err := w.e.o.Tables.InsertFlow(maps.LegBackend, tuple, &pending)
 	if errors.Is(err, ebpf.ErrKeyExist) {
-		return false // this client's port speaks to this backend by another listener
+		w.log.limited(w.now, "a client's address and port speak to this backend already, by another listener or proxy",
+			"backend", a.backend.Addr, "client", client)
+		return false
 	}
 	if err != nil {
 		w.log.limited(w.now, "no entry for a connection to a backend", "backend", a.backend.Addr, "error", err)
