@@ -21,6 +21,9 @@ const (
 	// repeats from there. Once may be a probe for a lost tail (RFC 8985 7), which
 	// is the last segment and not the first.
 	startRepeats = 2
+	// repeatGap tells a repetition from a copy that the network made, and is less
+	// than any retransmission timeout (RFC 6298, 200 ms on Linux).
+	repeatGap = 150 * time.Millisecond
 	// loneByteAfter one byte alone, which hardly is a segment of a hello, but may be
 	// a probe whose sender waits for an answer, is acknowledged.
 	loneByteAfter = time.Second
@@ -54,17 +57,18 @@ type handshake struct {
 	skip    int        // its length, 0 as long as it is not there
 	origin  connection // as it says, or the connection itself
 
-	hello   hello.Assembler
-	probed  bool   // a keepalive probe's byte stood before the hello
-	held    int    // counted in Engine.held
-	acked   int    // bytes from hello.Start on that the client will not repeat
-	again   bool   // the first segment came twice: the client repeats from there
-	repeats int    // how often it did
-	fin     bool   // the client's FIN came
-	finAt   uint32 // its sequence number
-	options packet.Options
-	tsEcr   uint32 // the TSval of our SYN-ACK
-	window  uint16
+	hello    hello.Assembler
+	probed   bool // a keepalive probe's byte stood before the hello
+	held     int  // counted in Engine.held
+	acked    int  // bytes from hello.Start on that the client will not repeat
+	again    bool // the first segment came twice: the client repeats from there
+	repeats  int  // how often it did, and when last
+	repeatAt int64
+	fin      bool   // the client's FIN came
+	finAt    uint32 // its sequence number
+	options  packet.Options
+	tsEcr    uint32 // the TSval of our SYN-ACK
+	window   uint16
 
 	started  int64
 	progress int64 // of the last new byte
@@ -108,6 +112,7 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 		tsEcr:      s.Options.TSEcr,
 		started:    w.now,
 		progress:   w.now,
+		repeatAt:   w.now,
 		deadline:   w.now + int64(plan.config.Timeouts.Hello),
 	}
 	h.owner = h
@@ -199,7 +204,10 @@ func (h *handshake) take(w *worker, s *packet.Segment) bool {
 		h.ack(w) // the last one was lost, or this is a keepalive probe
 	case s.Seq == h.hello.Start():
 		h.again = true
-		h.repeats++
+		if w.now-h.repeatAt >= int64(repeatGap) {
+			h.repeats++
+			h.repeatAt = w.now
+		}
 	}
 	return true
 }

@@ -264,8 +264,13 @@ func TestHandshakeMemory(t *testing.T) {
 func TestLateFirstSegment(t *testing.T) {
 	whole := clientHello(t)
 	d, c := newDesk(t, ""), newClient(1)
-	d.sends(c, 101, whole[100:], 0)
-	d.sends(c, 101, whole[100:], 0)
+	for range 5 { // copies that the network makes
+		d.sends(c, 101, whole[100:], 0)
+	}
+	d.passes(200 * time.Millisecond)
+	for range 2 { // a probe, and its copy
+		d.sends(c, 101, whole[100:], 0)
+	}
 	d.passes(4 * time.Second)
 	d.wantLast("the second segment", 0, 0)
 	d.sends(c, 1, whole[:100], 0)
@@ -273,6 +278,7 @@ func TestLateFirstSegment(t *testing.T) {
 
 	d = newDesk(t, "")
 	for _, want := range []uint8{0, 0, packet.RST | packet.ACK} {
+		d.passes(200 * time.Millisecond)
 		d.sends(c, 1, whole[100:], 0)
 		ack := uint32(0)
 		if want != 0 {
