@@ -239,6 +239,11 @@ func TestOutliveReset(t *testing.T) {
 		if !c.alive {
 			continue
 		}
+		f.closing = &closing{reset: true, resetBy: c.by, resetAt: now - int64(c.reset), fin: [2]bool{true, false}}
+		if f.outliveReset(now, up, down); f.closing == nil || f.closing.reset {
+			t.Errorf("%s: with a FIN of one side: %+v", name, f.closing)
+		}
+		f.closing = nil
 		up.Flow.Control, down.Flow.Control = 0, 0
 		mine := up
 		if c.by == maps.LegBackend {
