@@ -186,7 +186,7 @@ func (h *handshake) release(w *worker, abort bool) {
 	if abort && h.phase == pushing {
 		// Behind what was pushed: had the backend none of it, its challenge ACK is
 		// answered by a reset at the number it asks for.
-		s := h.toBackend(w, packet.RST|packet.ACK, a.isn+1+uint32(len(h.toPush())), nil)
+		s := h.toBackend(w, packet.RST|packet.ACK, h.pushEnd(), nil)
 		w.sendBy(a.hop, &s)
 	}
 	h.giveUpLocal(w)
@@ -297,11 +297,7 @@ func (h *handshake) learn(w *worker, s *packet.Segment) error {
 			w.log.limited(w.now, "what SYN-ACKs announce not changed", "error", err)
 		}
 	}
-	headers := headers6
-	if v4 {
-		headers = headers4
-	}
-	takes := int(mssOf(s.Options.MSS, v4)) + headers
+	takes := int(mssOf(s.Options.MSS, v4)) + headersSize(v4)
 	if takes >= a.hop.MTU {
 		return nil
 	}
@@ -331,7 +327,7 @@ func (h *handshake) push(w *worker) {
 // has acknowledged it.
 func (h *handshake) pushed(w *worker, s *packet.Segment) {
 	a := &h.attempt
-	if int32(s.Ack-a.start())-int32(len(h.stream())) > 0 {
+	if int32(s.Ack-h.pushEnd()) > 0 {
 		return // it acknowledges what was never sent
 	}
 	if int32(s.Ack-a.ack) > 0 {

@@ -57,6 +57,9 @@ type closing struct {
 	unheard      bool // an end was only seen in an entry: where its FIN stands is not known
 }
 
+// bothFINs reports whether each side has ended.
+func (c *closing) bothFINs() bool { return c.fin[maps.LegClient] && c.fin[maps.LegBackend] }
+
 func newFlow(h *handshake, generation uint16) *flow {
 	a := &h.attempt
 	t := h.decision.pool.Config.Timeouts
@@ -113,7 +116,7 @@ func (w *worker) closingSegment(leg maps.Leg, s *packet.Segment) {
 // what may still come.
 func (f *flow) isOver() bool {
 	c := f.closing
-	return c != nil && (c.reset || c.fin[0] && c.fin[1])
+	return c != nil && (c.reset || c.bothFINs())
 }
 
 // flowOf finds a flow by a packet of one of its legs.
@@ -131,9 +134,9 @@ func (f *flow) quiet(acknowledged bool) time.Duration {
 		return f.timeouts.idle
 	case c.reset:
 		return min(resetQuiet, f.timeouts.closing)
-	case c.fin[0] && c.fin[1] && acknowledged:
+	case c.bothFINs() && acknowledged:
 		return closedQuiet
-	case c.fin[0] && c.fin[1]:
+	case c.bothFINs():
 		return min(closedQuiet, f.timeouts.closing)
 	}
 	return f.timeouts.closing
@@ -168,7 +171,7 @@ func (f *flow) review(w *worker) {
 	}
 	if f.closing != nil {
 		wait := max(f.quietNow(up, down)-silent, closedQuiet/8)
-		if f.closing.fin[0] && f.closing.fin[1] {
+		if f.closing.bothFINs() {
 			// The last ACK, late because a FIN was lost, is no event.
 			wait = min(wait, closedQuiet)
 		}
@@ -215,7 +218,7 @@ func (f *flow) outliveReset(now int64, up, down *maps.Entry) {
 }
 
 func (f *flow) quietNow(up, down *maps.Entry) time.Duration {
-	if f.closing != nil && f.closing.fin[0] && f.closing.fin[1] && !f.closing.reset && !f.acknowledged(up, down) {
+	if f.closing != nil && f.closing.bothFINs() && !f.closing.reset && !f.acknowledged(up, down) {
 		return f.timeouts.closing
 	}
 	return f.quiet(true)
@@ -229,7 +232,7 @@ func (f *flow) over(now int64, up, down *maps.Entry, silent time.Duration) strin
 		switch {
 		case f.closing.reset:
 			return "reset"
-		case f.closing.fin[0] && f.closing.fin[1] && f.acknowledged(up, down):
+		case f.closing.bothFINs() && f.acknowledged(up, down):
 			return "closed"
 		}
 		return "closing_timeout"

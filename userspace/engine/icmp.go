@@ -72,7 +72,8 @@ func (h *handshake) backendError(w *worker, e *packet.ICMPError) {
 	switch {
 	case e.TooBig && h.phase == pushing:
 		mtu := max(e.MTU, smallestMTU(h.client.Addr().Is4()))
-		if sent := e.Quoted.Seq - (a.isn + 1); int(sent) >= len(a.prefix)+len(h.stream()) || mtu >= a.hop.MTU {
+		first := a.isn + 1
+		if e.Quoted.Seq-first >= h.pushEnd()-first || mtu >= a.hop.MTU {
 			return
 		}
 		a.hop.MTU = mtu

@@ -24,6 +24,11 @@ type lease struct {
 	flow      *flow
 }
 
+// tuple is what the backend's packets of this attempt show.
+func (a *attempt) tuple() maps.Tuple {
+	return maps.Tuple{Src: a.backend.Addr, Dst: a.local.AddrPort}
+}
+
 // leaseOf returns who speaks to a backend from an address of ours.
 func (w *worker) leaseOf(backend, ours netip.AddrPort) lease {
 	return w.leases[maps.Tuple{Src: backend, Dst: ours}]
@@ -50,7 +55,7 @@ func (h *handshake) takeLocal(w *worker) bool {
 		})
 		if ok {
 			a.local = local{netip.AddrPortFrom(addr, port), p}
-			w.leases[maps.Tuple{Src: a.backend.Addr, Dst: a.local.AddrPort}] = lease{handshake: h}
+			w.leases[a.tuple()] = lease{handshake: h}
 			return true
 		}
 	}
@@ -110,8 +115,7 @@ func (h *handshake) giveUpLocal(w *worker) {
 	}
 	w.giveLocal(a.local, a.backend.Addr, true)
 	if a.local.ports == nil {
-		tuple := maps.Tuple{Src: a.backend.Addr, Dst: a.local.AddrPort}
-		if err := w.e.o.Tables.DeleteFlow(maps.LegBackend, tuple); err != nil {
+		if err := w.e.o.Tables.DeleteFlow(maps.LegBackend, a.tuple()); err != nil {
 			w.log.limited(w.now, "pending entry not removed", "error", err)
 		}
 	}

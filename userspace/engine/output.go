@@ -73,6 +73,12 @@ func (w *worker) replay(leg maps.Leg, s packet.Segment, mss int) {
 	}
 }
 
+// answerTo is a segment without payload that acknowledges all of s, from where its
+// sender expects us.
+func answerTo(s *packet.Segment, flags uint8) packet.Segment {
+	return packet.Segment{Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.End(), Flags: flags | packet.ACK}
+}
+
 // reset answers a segment that belongs to nothing (RFC 9293 3.10.7.1).
 func (w *worker) reset(s *packet.Segment) {
 	if s.Has(packet.RST) {
@@ -88,19 +94,17 @@ func (w *worker) reset(s *packet.Segment) {
 	w.send(&r)
 }
 
-// Bytes of the IP and TCP headers without options.
-const (
-	headers4 = 40
-	headers6 = 60
-)
+// headersSize is the bytes of the IP and TCP headers without options.
+func headersSize(v4 bool) int {
+	if v4 {
+		return 40
+	}
+	return 60
+}
 
 // segmentSize is the most payload a segment to a peer may have.
 func segmentSize(peerMSS uint16, mtu int, v4, timestamps bool) int {
-	headers := headers6
-	if v4 {
-		headers = headers4
-	}
-	size := min(int(peerMSS), mtu-headers)
+	size := min(int(peerMSS), mtu-headersSize(v4))
 	if timestamps {
 		size -= 12
 	}

@@ -62,6 +62,9 @@ func (a *attempt) start() uint32 { return a.isn + 1 + uint32(len(a.prefix)) }
 // delivered is how much of the stream the backend has acknowledged.
 func (a *attempt) delivered() int { return max(int(int32(a.ack-a.start())), 0) }
 
+// pushEnd is our number after all that the backend is to get, as far as it has come.
+func (h *handshake) pushEnd() uint32 { return h.attempt.start() + uint32(len(h.stream())) }
+
 // toPush is all that the backend is to get, as far as it has come.
 func (h *handshake) toPush() []byte {
 	prefix := h.attempt.prefix

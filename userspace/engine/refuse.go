@@ -100,7 +100,8 @@ func (w *worker) closedSegment(s *packet.Segment) {
 	case h != nil && h.phase == refused && s.Ack == h.cookie+1+maps.AlertLength+1:
 		h.afterRefusal(w, s)
 	case s.Has(packet.FIN) && len(s.Payload) == 0: // its last, repeated late
-		r := packet.Segment{Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.End(), Flags: packet.ACK, Options: echo(s)}
+		r := answerTo(s, 0)
+		r.Options = echo(s)
 		w.send(&r)
 	default:
 		w.stats.unknown++

@@ -214,10 +214,8 @@ func (w *worker) closeUnopened(s *packet.Segment) {
 		return
 	}
 	w.stats.hellos[helloNone]++
-	r := packet.Segment{
-		Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.End(),
-		Flags: packet.FIN | packet.ACK, Options: echo(s),
-	}
+	r := answerTo(s, packet.FIN)
+	r.Options = echo(s)
 	w.send(&r)
 }
 
@@ -250,9 +248,8 @@ func (w *worker) backendSegment(s *packet.Segment) {
 // ackAgain answers a SYN-ACK that came again because the hello, which carried its
 // acknowledgment, was lost.
 func (w *worker) ackAgain(s *packet.Segment) {
-	r := packet.Segment{
-		Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.End(), Flags: packet.ACK, Window: 501,
-	}
+	r := answerTo(s, 0)
+	r.Window = 501
 	// Without timestamps: ours would have to be the client's. The backend is
 	// still in SYN-RECEIVED and takes what is at the right number.
 	w.send(&r)
