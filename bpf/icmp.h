@@ -78,7 +78,12 @@ static __noinline int icmp(struct __sk_buff *skb, struct packet *pkt, __u32 leg)
 	__u32 worker;
 	struct bound b;
 
-	if (!pkt || !icmp_quoted(skb, pkt))
+	if (!pkt)
+		return pass(REASON_NOT_TCP);
+	/* Here and not where packets are read: there it doubles the verifier's paths. */
+	if (vlan_is_stacked(skb, pkt))
+		return pass(REASON_VLAN_STACKED);
+	if (!icmp_quoted(skb, pkt))
 		return pass(REASON_NOT_TCP);
 	if (flow_find(pkt, leg, &b))
 		worker = flow_worker(b.flow);

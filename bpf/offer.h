@@ -3,6 +3,12 @@
 #ifndef SNILB_OFFER_H
 #define SNILB_OFFER_H
 
+/* One tag in the frame, and one that the kernel took off before us. */
+static __always_inline bool vlan_is_stacked(const struct __sk_buff *skb, const struct packet *pkt)
+{
+	return pkt->tagged && skb->vlan_present;
+}
+
 /* Reads the packet, pulling its headers into the linear part when a driver left
  * them in fragments.
  */
@@ -20,8 +26,7 @@ static __always_inline enum reason packet_read(struct __sk_buff *skb, struct pac
 		data_end = (void *)(long)skb->data_end;
 	}
 	why = packet_parse(data, data_end, skb->len, pkt);
-	/* One tag in the frame, and one that the kernel took off before us. */
-	if ((why == REASON_OK || why == REASON_ICMP) && pkt->tagged && skb->vlan_present)
+	if (why == REASON_OK && vlan_is_stacked(skb, pkt))
 		return REASON_VLAN_STACKED;
 	return why;
 }
