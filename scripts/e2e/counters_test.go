@@ -11,7 +11,7 @@ import (
 	"snilb/scripts/testbed"
 )
 
-// counters is what the tests of limits read of `snilb status -o json`.
+// counters is what the tests read of `snilb status -o json`.
 type counters struct {
 	Engine struct {
 		Flows      int               `json:"flows"`
@@ -21,9 +21,14 @@ type counters struct {
 		Events     map[string]uint64 `json:"events"`
 		Closed     map[string]uint64 `json:"closed"`
 		Connects   []struct {
+			Backend string `json:"backend"`
+			Result  string `json:"result"`
+			Count   uint64 `json:"count"`
+		} `json:"connects"`
+		Decisions []struct {
 			Result string `json:"result"`
 			Count  uint64 `json:"count"`
-		} `json:"connects"`
+		} `json:"decisions"`
 	} `json:"engine"`
 	Interfaces []struct {
 		Packets map[string]uint64 `json:"packets"`
@@ -39,10 +44,10 @@ func (d *daemon) counters() counters {
 	return c
 }
 
-// connects sums a result over the backends.
-func (c *counters) connects(result string) (n uint64) {
+// connects is how often attempts at a backend ended that way; no backend means all of them.
+func (c *counters) connects(backend, result string) (n uint64) {
 	for _, one := range c.Engine.Connects {
-		if one.Result == result {
+		if (backend == "" || one.Backend == backend) && one.Result == result {
 			n += one.Count
 		}
 	}

@@ -5,7 +5,6 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,49 +19,17 @@ import (
 	"snilb/scripts/testbed"
 )
 
-// engineStatus is what these tests read of `snilb status`.
-type engineStatus struct {
-	Flows    int               `json:"flows"`
-	HalfOpen int               `json:"half_open"`
-	Closed   map[string]uint64 `json:"closed"`
-	Connects []struct {
-		Backend string `json:"backend"`
-		Result  string `json:"result"`
-		Count   uint64 `json:"count"`
-	} `json:"connects"`
-	Decisions []struct {
-		Result string `json:"result"`
-		Count  uint64 `json:"count"`
-	} `json:"decisions"`
-}
-
-func (d *daemon) engine() engineStatus {
-	d.t.Helper()
-	out, err := d.snilb("status", "--name", d.name, "-o", "json")
-	must(d.t, err)
-	var s struct {
-		Engine engineStatus `json:"engine"`
-	}
-	must(d.t, json.Unmarshal([]byte(out), &s))
-	return s.Engine
-}
-
-// connects is how often attempts at a backend ended that way; no backend means all of them.
+// connects is how often attempts at a backend have ended that way; no backend means all of them.
 func (d *daemon) connects(backend, result string) uint64 {
 	d.t.Helper()
-	var n uint64
-	for _, c := range d.engine().Connects {
-		if (backend == "" || c.Backend == backend) && c.Result == result {
-			n += c.Count
-		}
-	}
-	return n
+	c := d.counters()
+	return c.connects(backend, result)
 }
 
 // onlyConnects fails when an attempt at any backend ended in another way than the given ones.
 func (d *daemon) onlyConnects(results ...string) {
 	d.t.Helper()
-	for _, c := range d.engine().Connects {
+	for _, c := range d.counters().Engine.Connects {
 		if !strings.Contains(" "+strings.Join(results, " ")+" ", " "+c.Result+" ") {
 			d.t.Errorf("%d attempts at %s ended by %q, want none but %v", c.Count, c.Backend, c.Result, results)
 		}
@@ -237,7 +204,7 @@ func TestFailoverICMP(t *testing.T) {
 				t.Logf("the slowest took %s", askServed(t, bed, v6, icmpWithin))
 			})
 			if d.connects("", "ok") != 8 {
-				t.Errorf("connects: %+v, want 8 ok", d.engine().Connects)
+				t.Errorf("connects: %+v, want 8 ok", d.counters().Engine.Connects)
 			}
 		})
 	}
@@ -266,7 +233,7 @@ func TestConnectTimeout(t *testing.T) {
 // wantDecisions looks how often a connection was decided that way.
 func (d *daemon) wantDecisions(result string, want uint64) {
 	d.t.Helper()
-	decisions := d.engine().Decisions
+	decisions := d.counters().Engine.Decisions
 	var n uint64
 	for _, one := range decisions {
 		if one.Result == result {

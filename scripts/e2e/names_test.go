@@ -211,9 +211,7 @@ func answersBy(t *testing.T, bed *testbed.Bed, n int, from netip.Addr) map[strin
 	t.Helper()
 	count := map[string]int{}
 	for range n {
-		d := net.Dialer{Timeout: clientTimeout, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))}
-		raw, err := bed.Client.DialWith(t.Context(), &d, "tcp", vip(bed, from.Is6()).String())
-		must(t, err)
+		raw := dialFrom(t, bed, from, vip(bed, from.Is6()))
 		body, err := whoami(handshake(t, raw, &tls.Config{ServerName: "a.example.com"}))
 		must(t, errors.Join(err, raw.Close()))
 		backend, _, _ := strings.Cut(body, " ")

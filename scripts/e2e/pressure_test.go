@@ -71,7 +71,7 @@ func TestFlowTableFull(t *testing.T) {
 		wantRefused(t, bed, v6, 5)
 		old.live(t)
 		after := d.counters()
-		if n := after.connects("flow_table_full") - before.connects("flow_table_full"); n != 5 || after.Engine.Flows != 20 {
+		if n := after.connects("", "flow_table_full") - before.connects("", "flow_table_full"); n != 5 || after.Engine.Flows != 20 {
 			t.Errorf("%d connections counted as refused, %d flows", n, after.Engine.Flows)
 		}
 		d.wantLogged("flow table is full", began)
@@ -103,7 +103,7 @@ func TestFlowMapFull(t *testing.T) {
 			before, entries := d.counters(), count(table)
 			wantRefused(t, bed, v6, 2)
 			after := d.counters()
-			if n := after.connects("flow_table_full") - before.connects("flow_table_full"); n != 2 || after.Engine.Flows != 3 {
+			if n := after.connects("", "flow_table_full") - before.connects("", "flow_table_full"); n != 2 || after.Engine.Flows != 3 {
 				t.Errorf("%d connections counted as refused, %d flows", n, after.Engine.Flows)
 			}
 			if n := count(table); n != entries {
@@ -180,7 +180,7 @@ func TestSourcePortsUsedUp(t *testing.T) {
 		wantRefused(t, bed, v6, 3)
 		old.live(t)
 		after := d.counters()
-		if n := after.connects("no_port") - before.connects("no_port"); n != 3 {
+		if n := after.connects("", "no_port") - before.connects("", "no_port"); n != 3 {
 			t.Errorf("%d connections counted as no_port, want 3", n)
 		}
 		d.wantLogged("source ports are used up", began)
@@ -271,14 +271,10 @@ func TestNoConntrack(t *testing.T) {
 	}
 	must(t, bed.Client.Sysctl("ipv4/tcp_tw_reuse", "1"))
 	must(t, bed.Client.Sysctl("ipv4/ip_local_port_range", "1024 65535"))
-	cmd := bed.LB.Command(t.Context(), "nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(`table inet t {
+	nft(t, bed.LB, `table inet t {
 	chain in { type filter hook prerouting priority 0; ct state new counter; }
 	chain out { type filter hook output priority 0; ct state new counter; }
 }`)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		need(t, "nftables with conntrack", fmt.Errorf("%w: %s", err, out))
-	}
 	d := attach(t, bed, siteRoutes(bed))
 	first := hello(t, classic("a.example.com"))
 	families(t, func(t *testing.T, v6 bool) {

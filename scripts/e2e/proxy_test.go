@@ -270,7 +270,8 @@ func TestProxyOutLoss(t *testing.T) {
 // dropFirst drops the first packets in ns that match a rule of nftables.
 func dropFirst(t *testing.T, ns *testbed.NS, hook, rule string, packets int) {
 	t.Helper()
-	script := fmt.Sprintf(`table inet loss
+	needTool(t, "nft")
+	nft(t, ns, fmt.Sprintf(`table inet loss
 delete table inet loss
 table inet loss {
 	chain loss {
@@ -278,13 +279,7 @@ table inet loss {
 		%s numgen inc mod 1000000 < %d counter drop
 	}
 }
-`, hook, rule, packets)
-	cmd := ns.Command(t.Context(), "nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(script)
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		need(t, "nftables", fmt.Errorf("%w\n%s", err, out))
-	}
+`, hook, rule, packets))
 }
 
 func wantDropped(t *testing.T, ns *testbed.NS, packets int) {

@@ -5,7 +5,6 @@ package e2e
 import (
 	"context"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -204,33 +203,18 @@ func TestProxyInRefused(t *testing.T) {
 			{"a large v2", front, append([]byte("\r\n\r\n\x00\r\nQUIT\n\x21\x11\xff\xff"), first...), "malformed"},
 		} {
 			t.Run(tt.name, func(t *testing.T) {
-				before := helloResults(t, d)[tt.result]
+				before := d.counters().Engine.Hellos[tt.result]
 				c := dialFrom(t, bed, clientAt(bed, tt.from, v6), target)
 				must(t, c.SetDeadline(time.Now().Add(clientTimeout)))
 				_, err := c.Write(tt.first)
 				must(t, err)
 				endings["reset"](t, c)
-				if got := helloResults(t, d)[tt.result]; got != before+1 {
-					t.Errorf("result %s went from %d to %d: %v", tt.result, before, got, helloResults(t, d))
+				if got := d.counters().Engine.Hellos[tt.result]; got != before+1 {
+					t.Errorf("result %s went from %d to %d: %v", tt.result, before, got, d.counters().Engine.Hellos)
 				}
 			})
 		}
 	})
-}
-
-// helloResults is what the engine counted, by result.
-func helloResults(t *testing.T, d *daemon) map[string]uint64 {
-	t.Helper()
-	out, err := d.snilb("status", "--name", d.name, "-o", "json")
-	must(t, err)
-	var status struct {
-		Engine struct{ Hellos map[string]uint64 }
-	}
-	must(t, json.Unmarshal([]byte(out), &status))
-	if status.Engine.Hellos == nil {
-		t.Fatalf("no hellos in %s", out)
-	}
-	return status.Engine.Hellos
 }
 
 // TestProxyInNotTLS has the not_tls of the file take what comes without a header, and what comes behind one.
@@ -460,7 +444,7 @@ func TestProxyInLimit(t *testing.T) {
 		raw := &headed{Conn: dialFrom(t, bed, clientAt(bed, front, v6), vip(bed, v6)), header: header}
 		got, err := whoami(handshake(t, raw, &tls.Config{ServerName: "a.example.com"}))
 		wantBody(t, got, err, "b1", "a.example.com")
-		if n := helloResults(t, d)["source_limit"]; n == 0 {
+		if n := d.counters().Engine.Hellos["source_limit"]; n == 0 {
 			t.Error("another address has no limit either")
 		}
 	})

@@ -5,44 +5,15 @@ package e2e
 import (
 	"context"
 	"crypto/tls"
-	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"snilb/scripts/testbed"
 )
-
-// filterICMP drops ICMP errors that come in: whoever stands behind such a firewall is never told of a smaller MTU.
-func filterICMP(t *testing.T, ns *testbed.NS) {
-	t.Helper()
-	needTool(t, "nft")
-	cmd := ns.Command(t.Context(), "nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(`table inet noicmp {
-	chain in {
-		type filter hook input priority 0
-		icmp type destination-unreachable drop
-		icmpv6 type { packet-too-big, destination-unreachable } drop
-	}
-}
-`)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		need(t, "nftables", fmt.Errorf("%w\n%s", err, out))
-	}
-}
-
-// setMTU changes a device of the load balancer.
-func setMTU(t *testing.T, bed *testbed.Bed, dev string, mtu int) {
-	t.Helper()
-	out, err := bed.LB.Command(t.Context(), "ip", "link", "set", dev, "mtu", fmt.Sprint(mtu)).CombinedOutput()
-	if err != nil {
-		t.Fatalf("ip link: %v\n%s", err, out)
-	}
-}
 
 // forgetPMTU makes both hosts forget what ICMP told them before.
 func forgetPMTU(t *testing.T, bed *testbed.Bed) {
@@ -81,8 +52,11 @@ func TestShrinkingLink(t *testing.T) {
 			bed := newBed(t, testbed.Options{NoOffload: true})
 			startBackends(t, bed)
 			if deaf {
-				filterICMP(t, bed.Client)
-				filterICMP(t, bed.Backend)
+				// Whoever stands behind such a firewall is never told of a smaller MTU.
+				for _, ns := range []*testbed.NS{bed.Client, bed.Backend} {
+					filter(t, ns, "input", "icmp type destination-unreachable drop",
+						"icmpv6 type { packet-too-big, destination-unreachable } drop")
+				}
 			}
 			d := attach(t, bed, siteRoutes(bed))
 			families(t, func(t *testing.T, v6 bool) {
@@ -93,7 +67,7 @@ func TestShrinkingLink(t *testing.T) {
 						defer client.CloseIdleConnections()
 						downloadBy(t, client, 100)
 						before := d.counters().Engine.Events["too_big"]
-						setMTU(t, bed, dev, 1280)
+						must(t, bed.LB.SetMTU(dev, 1280))
 						for range 50 { // the daemon hears of it a moment later
 							time.Sleep(100 * time.Millisecond)
 							transfer(t, client, size)
@@ -101,7 +75,7 @@ func TestShrinkingLink(t *testing.T) {
 								break
 							}
 						}
-						setMTU(t, bed, dev, 1500)
+						must(t, bed.LB.SetMTU(dev, 1500))
 						if dials.Load() != 1 {
 							t.Errorf("%d connections: the first one did not last", dials.Load())
 						}

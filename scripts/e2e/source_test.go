@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -95,14 +96,20 @@ func samePort(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
 
 // dialFromPort connects from a port of one's own choice.
 func dialFromPort(bed *testbed.Bed, target netip.AddrPort, port int) (net.Conn, error) {
-	d := &net.Dialer{Timeout: clientTimeout, LocalAddr: &net.TCPAddr{Port: port}, Control: func(_, _ string, raw syscall.RawConn) error {
-		var err error
-		if ctl := raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1) }); ctl != nil {
-			return ctl
-		}
-		return err
-	}}
+	d := reusing(&net.TCPAddr{Port: port})
+	d.Timeout = clientTimeout
 	return bed.Client.DialWith(context.Background(), d, "tcp", target.String())
+}
+
+// reusing dials from local, also when the kernel still knows an ended connection from there.
+func reusing(local *net.TCPAddr) *net.Dialer {
+	return &net.Dialer{LocalAddr: local, Control: func(_, _ string, c syscall.RawConn) error {
+		var optErr error
+		err := c.Control(func(fd uintptr) {
+			optErr = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1)
+		})
+		return errors.Join(err, optErr)
+	}}
 }
 
 // TestSourceClientDirect has a client speak to a backend directly, past the listeners, while the balancer speaks to it from
