@@ -275,7 +275,7 @@ static __always_inline int flow_too_big(struct __sk_buff *skb, const struct pack
 {
 	struct event_what what = {.kind = EVENT_TOO_BIG, .leg = leg, .mtu = mtu};
 
-	if (!event_is_allowed(bpf_ktime_get_coarse_ns()) ||
+	if (!event_is_allowed(what.kind, bpf_ktime_get_coarse_ns()) ||
 	    !event_send(skb, pkt, what, flow_worker(flow), EVENT_DATA))
 		return drop(REASON_TOO_BIG);
 	return drop(REASON_TOO_BIG_CUT);
