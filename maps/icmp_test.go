@@ -332,6 +332,27 @@ func TestICMPWhose(t *testing.T) {
 	})
 }
 
+// A quote of no TCP is read no further, though its first words be the ports of a flow.
+func TestICMPNoQuote(t *testing.T) {
+	r := newICMPRig(t, settings{workers: icmpWorkers})
+	bothFamilies(t, func(t *testing.T, f family) {
+		r := r.with(t)
+		ports := f.icmpError(LegBackend).quote
+		f.source = netip.AddrPortFrom(f.source.Addr(), binary.BigEndian.Uint16(ports))
+		f.backend = netip.AddrPortFrom(f.backend.Addr(), binary.BigEndian.Uint16(ports[2:]))
+		r.bindICMP(f, LegBackend)
+		e := f.icmpError(LegBackend)
+		e.src = f.backend
+		r.expect(ProgramBackend, e.frame(), e.event(LegBackend, icmpWorker))
+		protocol := 9
+		if !f.is4() {
+			protocol = 6
+		}
+		e.quote = put(protocol, 17)(e.quote)
+		r.expect(ProgramBackend, e.frame(), notTCP())
+	})
+}
+
 // The worker is the entry's, on any port, and of a pending entry too.
 func TestICMPWorker(t *testing.T) {
 	r := newICMPRig(t, settings{workers: 64, ringSize: 4096})
