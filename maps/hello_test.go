@@ -257,6 +257,8 @@ func TestHelloSizes(t *testing.T) {
 			s := r.hello(f)
 			s.payload = bytes.Repeat([]byte("0123456789abcdefg"), 206)[:size]
 			r.expect(ProgramClient, s.frame(), hello(s))
+			s.ack += behindAlert
+			r.expect(ProgramClient, s.frame(), closed(s))
 		}
 	})
 }

@@ -352,6 +352,20 @@ type want struct {
 	events []event
 }
 
+// fits reports whether an action of the table of reasons is what the case wants.
+func (w want) fits(a Action) bool {
+	switch a {
+	case ActionPass:
+		return w.action == next && len(w.events) == 0
+	case ActionEngine:
+		return w.action == shot && len(w.events) == 1
+	case ActionDrop:
+		return w.action == shot && len(w.events) == 0
+	default:
+		return w.action == redirect
+	}
+}
+
 func pass(reason Reason) want { return want{action: next, reason: reason} }
 func drop(reason Reason) want { return want{action: shot, reason: reason} }
 
@@ -361,6 +375,9 @@ func (r *rig) outcome(program string, in []byte, ctx skbuff, w want) []byte {
 	r.Helper()
 	if monotonic(r)-r.live.Beat > uint64(4*time.Second) {
 		r.setClock()
+	}
+	if a := Reasons[w.reason].Action; !w.fits(a) {
+		r.Errorf("action %d and %d events are not %s", w.action, len(w.events), a)
 	}
 	before, start := r.counters(), monotonic(r)
 	out, action := r.run(program, in, ctx)

@@ -82,9 +82,10 @@ func put(at int, with ...byte) func([]byte) []byte {
 	}
 }
 
-// withIPOptions puts 4 bytes of options into an IPv4 header.
+// withIPOptions puts 4 bytes of options into an IPv4 header: who overlooks them reads
+// there what is behind them.
 func withIPOptions(p []byte) []byte {
-	p = slices.Insert(slices.Clone(p), 20, 1, 1, 1, 0)
+	p = slices.Insert(slices.Clone(p), 20, p[20:24]...)
 	p[0]++
 	binary.BigEndian.PutUint16(p[2:], uint16(len(p)))
 	return p
@@ -227,9 +228,9 @@ var icmpCases = map[string][]icmpCase{
 		outerCase("wrong checksum", put(22, 0x55), isTold), // the engine's to judge
 	},
 	"v6": {
-		quoteCase("hop-by-hop options in the quote", withExtension(0), isNotTCP),
-		quoteCase("destination options in the quote", withExtension(60), isNotTCP),
-		quoteCase("fragment header in the quote", withExtension(44), isNotTCP),
+		quoteCase("hop-by-hop options in the quote", put(6, 0), isNotTCP),
+		quoteCase("destination options in the quote", put(6, 60), isNotTCP),
+		quoteCase("fragment header in the quote", put(6, 44), isNotTCP),
 		quoteCase("IPv4 quoted", put(0, 0x45), isNotTCP),
 		quoteCase("version 0 quoted", put(0, 0x05), isNotTCP),
 		quoteCase("UDP quoted", put(6, 17), isNotTCP),
@@ -328,6 +329,27 @@ func TestICMPWhose(t *testing.T) {
 		e.quote = put(ip+4, 1, 2, 3, 4)(f.icmpError(leg).quote) // any number: the engine's to judge
 		r.expect(program(leg), e.frame(), e.event(leg, icmpWorker))
 		r.untouched(f, leg, before)
+	})
+}
+
+// A quote of no TCP is read no further, though its first words be the ports of a flow.
+func TestICMPNoQuote(t *testing.T) {
+	r := newICMPRig(t, settings{workers: icmpWorkers})
+	bothFamilies(t, func(t *testing.T, f family) {
+		r := r.with(t)
+		ports := f.icmpError(LegBackend).quote
+		f.source = netip.AddrPortFrom(f.source.Addr(), binary.BigEndian.Uint16(ports))
+		f.backend = netip.AddrPortFrom(f.backend.Addr(), binary.BigEndian.Uint16(ports[2:]))
+		r.bindICMP(f, LegBackend)
+		e := f.icmpError(LegBackend)
+		e.src = f.backend
+		r.expect(ProgramBackend, e.frame(), e.event(LegBackend, icmpWorker))
+		protocol := 9
+		if !f.is4() {
+			protocol = 6
+		}
+		e.quote = put(protocol, 17)(e.quote)
+		r.expect(ProgramBackend, e.frame(), notTCP())
 	})
 }
 

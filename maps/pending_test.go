@@ -3,9 +3,12 @@
 package maps
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
+
+	"github.com/cilium/ebpf"
 )
 
 // expectPending feeds a packet of a pending entry: its worker gets all of it, and
@@ -56,6 +59,26 @@ func TestPendingWithoutPath(t *testing.T) {
 		r.expect(ProgramBackend, s.frame(), pass(bpfReasonREASON_NOT_OURS))
 		r.bind(f, LegBackend, func(e *Entry) { e.Flow.Control = FlowControl(0, 0, 1) | FlowPending })
 		r.expectPending(f, s)
+	})
+}
+
+// An entry is inserted where there is none, and replaces only one that is there.
+func TestPendingReplaced(t *testing.T) {
+	r := newRig(t, settings{})
+	bothLegs(t, func(t *testing.T, f family, leg Leg) {
+		r := r.with(t)
+		e := f.entry(leg)
+		if err := r.tables.ReplaceFlow(leg, f.tuple(leg), &e); !errors.Is(err, ebpf.ErrKeyNotExist) {
+			t.Errorf("replaced nothing: %v", err)
+		}
+		before := r.bind(f, leg, func(e *Entry) { e.Flow.Control |= FlowPending })
+		if err := r.tables.InsertFlow(leg, f.tuple(leg), &e); !errors.Is(err, ebpf.ErrKeyExist) {
+			t.Errorf("inserted twice: %v", err)
+		}
+		r.untouched(f, leg, before)
+		must(t, r.tables.ReplaceFlow(leg, f.tuple(leg), &e))
+		before.Flow.Control &^= FlowPending
+		r.untouched(f, leg, before)
 	})
 }
 
