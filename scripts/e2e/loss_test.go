@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -225,13 +226,86 @@ func TestLossSingle(t *testing.T) {
 	bed := wired(t, testbed.Options{})
 	startBackends(t, bed)
 	d := attach(t, bed, siteRoutes(bed))
+	bed.ClientWire.Record()
+	bed.BackendWire.Record()
 	families(t, func(t *testing.T, v6 bool) {
 		for _, l := range losses {
 			t.Run("drop/"+l.name, func(t *testing.T) { meet(t, bed, v6, l, testbed.Dropped, nil) })
 			t.Run("double/"+l.name, func(t *testing.T) { meet(t, bed, v6, l, testbed.Doubled, nil) })
 		}
+	})
+	d.noFlows(15 * time.Second)
+	cases := 2 * 2 * len(losses)
+	noneHealed(t, d, cases)
+	client, backend := bed.ClientWire.Recorded(), bed.BackendWire.Recorded()
+	ownSYNACKs(t, client)
+	noResetOfOurs(t, "client", toward(slices.Clone(client), fromLB), toward(slices.Clone(backend), toLB))
+	noResetOfOurs(t, "backend", toward(slices.Clone(backend), fromLB), toward(slices.Clone(client), toLB))
+}
+
+// noneHealed asks the balancer whether it took a packet of one of n connections for a stranger's, or ended one before its time:
+// TCP often lives with either.
+func noneHealed(t *testing.T, d *daemon, n int) {
+	t.Helper()
+	c := d.counters()
+	if c.Engine.Events["unknown"] != 0 || c.connects("", "ok") != uint64(n) || c.Engine.Closed["closed"]+c.Engine.Closed["reset"] != uint64(n) {
+		t.Errorf("of %d connections: bound %d, ended %v, packets of none %d", n, c.connects("", "ok"), c.Engine.Closed, c.Engine.Events["unknown"])
+	}
+}
+
+// ownSYNACKs looks that a client got no other SYN-ACK than ours, and the same for a SYN's copy: a later one may have another
+// cookie.
+func ownSYNACKs(t *testing.T, frames []testbed.Frame) {
+	t.Helper()
+	asked, last := map[netip.AddrPort]int{}, map[netip.AddrPort]testbed.Frame{}
+	for _, f := range frames {
+		switch {
+		case isSYN(f):
+			asked[f.Src] += copies(f)
+		case isSYNACK(f):
+			asked[f.Dst]--
+			before := last[f.Dst]
+			if asked[f.Dst] < 0 || f.At.Sub(before.At) < 100*time.Millisecond && before.Seq != f.Seq {
+				t.Errorf("not our SYN-ACK, or another: %s", f.Segment)
+			}
+			last[f.Dst] = f
+		}
+	}
+}
+
+// copies is how many of a frame the wire sent on.
+func copies(f testbed.Frame) int {
+	return map[testbed.Fate]int{testbed.Carried: 1, testbed.Doubled: 2}[f.Fate]
+}
+
+// noResetOfOurs looks that every RST that left on a leg had come from the other one: a TCP resets what it hears of a connection
+// that is over, such as a second copy of the last ACK.
+func noResetOfOurs(t *testing.T, leg string, left, came []testbed.Frame) {
+	t.Helper()
+	n := 0
+	for _, f := range came {
+		if f.Has(testbed.RST) {
+			n += copies(f)
+		}
+	}
+	for _, f := range left {
+		if f.Has(testbed.RST) {
+			n--
+		}
+	}
+	if n != 0 {
+		t.Errorf("%s leg: %d RST more than came from the other side", leg, -n)
+	}
+}
+
+// TestLossInARow takes more away than one attempt at a backend bears.
+func TestLossInARow(t *testing.T) {
+	bed := wired(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, siteRoutes(bed))
+	families(t, func(t *testing.T, v6 bool) {
 		for _, l := range badLosses {
-			t.Run("drop/"+l.name, func(t *testing.T) { meet(t, bed, v6, l, testbed.Dropped, nil) })
+			t.Run(l.name, func(t *testing.T) { meet(t, bed, v6, l, testbed.Dropped, nil) })
 		}
 	})
 	d.noFlows(15 * time.Second)
