@@ -39,7 +39,7 @@ func throughWire(t *testing.T, bed *testbed.Bed, v6 bool, n int, i testbed.Impai
 			time.Sleep(time.Millisecond) // no queue on the way overflows
 		}
 	}
-	time.Sleep(i.Delay + i.Jitter + 100*time.Millisecond)
+	time.Sleep(i.Delay + i.Jitter + 400*time.Millisecond) // echoes are late
 	return toward(bed.ClientWire.Recorded(), testbed.ToLB), toward(bed.BackendWire.Recorded(), testbed.FromLB)
 }
 
@@ -83,10 +83,12 @@ func TestBedWire(t *testing.T) {
 					return testbed.Dropped
 				case 5:
 					return testbed.Doubled
+				case 7:
+					return testbed.Echoed
 				}
 				return testbed.Carried
 			}})
-			if want := []uint32{0, 1, 2, 4, 5, 5, 6, 7, 8, 9}; !slices.Equal(seqs(got), want) {
+			if want := []uint32{0, 1, 2, 4, 5, 5, 6, 7, 8, 9, 7}; !slices.Equal(seqs(got), want) {
 				t.Errorf("arrived %v, want %v", seqs(got), want)
 			}
 		})

@@ -221,7 +221,8 @@ func (l *fates) concerns(f testbed.Frame) bool {
 	return int(port) == l.client
 }
 
-// TestLossSingle takes one packet of a connection away, or repeats it, at every step from the first SYN to the last FIN.
+// TestLossSingle takes one packet of a connection away, or repeats it at once or when the connection is over, at every step from
+// the first SYN to the last FIN.
 func TestLossSingle(t *testing.T) {
 	bed := wired(t, testbed.Options{})
 	startBackends(t, bed)
@@ -232,11 +233,13 @@ func TestLossSingle(t *testing.T) {
 		for _, l := range losses {
 			t.Run("drop/"+l.name, func(t *testing.T) { meet(t, bed, v6, l, testbed.Dropped, nil) })
 			t.Run("double/"+l.name, func(t *testing.T) { meet(t, bed, v6, l, testbed.Doubled, nil) })
+			if !strings.HasSuffix(l.name, "-syn") { // which would open a new connection
+				t.Run("echo/"+l.name, func(t *testing.T) { meet(t, bed, v6, l, testbed.Echoed, nil) })
+			}
 		}
 	})
 	d.noFlows(15 * time.Second)
-	cases := 2 * 2 * len(losses)
-	noneHealed(t, d, cases)
+	noneHealed(t, d, 2*(3*len(losses)-2))
 	client, backend := bed.ClientWire.Recorded(), bed.BackendWire.Recorded()
 	ownSYNACKs(t, client)
 	noResetOfOurs(t, "client", toward(slices.Clone(client), fromLB), toward(slices.Clone(backend), toLB))
@@ -275,7 +278,7 @@ func ownSYNACKs(t *testing.T, frames []testbed.Frame) {
 
 // copies is how many of a frame the wire sent on.
 func copies(f testbed.Frame) int {
-	return map[testbed.Fate]int{testbed.Carried: 1, testbed.Doubled: 2}[f.Fate]
+	return map[testbed.Fate]int{testbed.Carried: 1, testbed.Doubled: 2, testbed.Echoed: 2}[f.Fate]
 }
 
 // noResetOfOurs looks that every RST that left on a leg had come from the other one: a TCP resets what it hears of a connection
