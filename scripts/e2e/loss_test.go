@@ -181,6 +181,7 @@ var badLosses = []loss{
 	{"our-syn-5-times", true, fromLB, isSYN, 0, 5, 5 * time.Second},
 	{"backend-syn-ack-5-times", true, toLB, isSYNACK, 0, 5, 5 * time.Second},
 	{"hello-first-3-times", false, toLB, isHello, 0, 3, 5 * time.Second},
+	{"replay-5-times", true, fromLB, isData, 0, 5, 8 * time.Second}, // while the backend repeats its SYN-ACK
 }
 
 // fates is what happens to the chosen frames of one connection.
