@@ -138,8 +138,8 @@ func TestLossBulk(t *testing.T) {
 	}
 }
 
-// wantFast fails a transfer whose losses cost a retransmission timeout each, which is what remains of TCP without SACK: a
-// hundred times what it takes.
+// wantFast fails a transfer whose losses cost a retransmission timeout each, which is what remains of TCP without SACK: that
+// takes about a hundred times as long.
 func wantFast(t *testing.T, began time.Time) {
 	t.Helper()
 	if took := time.Since(began); took > 20*time.Second {
