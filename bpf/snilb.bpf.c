@@ -72,7 +72,7 @@ int snilb_backend(struct __sk_buff *skb)
 		return pass(REASON_NOT_OURS);
 
 	if (flow_find(&pkt, LEG_BACKEND, &b)) {
-		/* A SYN-ACK on a bound flow is a repeated one: the engine answers it. */
+		/* A SYN-ACK on a bound flow is a repeated one, and not for the client. */
 		if (pkt.flags & TCP_SYN || b.flow->control & FLOW_PENDING)
 			return backend_event(skb, &pkt, flow_worker(b.flow));
 		return flow_forward(skb, &pkt, &b, LEG_BACKEND);

@@ -234,7 +234,7 @@ func (r *rig) closingSyn(f family) {
 	r.expect(ProgramClient, s.frame(), hello(s))
 }
 
-// A repeated SYN-ACK of a backend is the engine's to answer, with or without a path.
+// A repeated SYN-ACK of a backend goes to the engine and not to the client, with or without a path.
 func TestFlowSynAckRepeated(t *testing.T) {
 	r := newFlowRig(t, settings{})
 	bothFamilies(t, func(t *testing.T, f family) {

@@ -34,6 +34,7 @@ const (
 	Carried
 	Dropped
 	Doubled
+	Echoed // carried, and once more after echoAfter
 )
 
 // Impairment is what a [Wire] does to the TCP segments that it carries one way. Everything else, such as ARP and ICMP, passes.
@@ -61,6 +62,9 @@ type Frame struct {
 
 // maxLate is how long a reordered frame waits for others to overtake it.
 const maxLate = 20 * time.Millisecond
+
+// echoAfter is long enough for what follows at once, such as a bind or an end, to be over.
+const echoAfter = 300 * time.Millisecond
 
 // Wire stands in a leg of a [Bed] and carries its frames between two packet sockets, worse than a cable would. It may be
 // changed at any time.
@@ -261,6 +265,8 @@ func (p *path) take(frame []byte, now time.Time) {
 		times = 0
 	case Doubled:
 		times = 2
+	case Echoed:
+		heap.Push(&p.delayed, heldFrame{frame: append([]byte(nil), frame...), due: now.Add(echoAfter)})
 	}
 	for range times {
 		if wait == 0 && len(p.delayed) == 0 {

@@ -234,25 +234,17 @@ func (w *worker) backendSegment(s *packet.Segment) {
 	switch {
 	case l.handshake != nil:
 		l.handshake.backendSegment(w, s)
-	case l.flow != nil && s.Has(packet.SYN|packet.ACK):
-		w.ackAgain(s)
 	case l.flow != nil:
 		w.stats.late++
-		w.replay(maps.LegBackend, *s, l.flow.mss)
+		// A SYN-ACK that comes again is not for the client, whose hello, repeated
+		// until the backend has it, answers it.
+		if !s.Has(packet.SYN | packet.ACK) {
+			w.replay(maps.LegBackend, *s, l.flow.mss)
+		}
 	default:
 		w.stats.unknown++
 		w.reset(s)
 	}
-}
-
-// ackAgain answers a SYN-ACK that came again because the hello, which carried its
-// acknowledgment, was lost.
-func (w *worker) ackAgain(s *packet.Segment) {
-	r := answerTo(s, 0)
-	r.Window = 501
-	// Without timestamps: ours would have to be the client's. The backend is
-	// still in SYN-RECEIVED and takes what is at the right number.
-	w.send(&r)
 }
 
 // portsTo returns this worker's ports of a path.
