@@ -141,6 +141,9 @@ func (x *terms) check(t *testing.T, name string) {
 			t.Errorf("%s leg: nobody offered %s: %s, %s", name, option, x.syn, x.synAck)
 		}
 	}
+	if rest := strange(x.synAck.Options); len(rest) > 0 {
+		t.Errorf("%s leg: not what SYN-ACKs have: %x in %s", name, rest, x.synAck)
+	}
 	sent, _ := x.syn.Option(testbed.OptTimestamps)
 	echoed, _ := x.synAck.Option(testbed.OptTimestamps)
 	if x.agreed(testbed.OptTimestamps) && string(echoed[4:]) != string(sent[:4]) {
@@ -152,6 +155,22 @@ func (x *terms) check(t *testing.T, name string) {
 	for _, f := range x.frames {
 		x.checkSegment(t, name, f)
 	}
+}
+
+// strange is what is left of a SYN-ACK's options from the first on that is unknown or of the wrong size.
+func strange(options []byte) []byte {
+	sizes := map[byte]int{testbed.OptMSS: 4, testbed.OptWScale: 3, testbed.OptSACKOK: 2, testbed.OptTimestamps: 10}
+	for len(options) > 0 {
+		size := 1
+		if options[0] != testbed.NOP()[0] {
+			size = sizes[options[0]]
+			if size == 0 || size > len(options) || int(options[1]) != size {
+				return options
+			}
+		}
+		options = options[size:]
+	}
+	return nil
 }
 
 func (x *terms) checkSegment(t *testing.T, name string, f testbed.Frame) {
