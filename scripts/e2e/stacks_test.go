@@ -267,7 +267,7 @@ var synLayouts = map[string]struct {
 	"length-zero":       {"020405b403000000", 1460, 1440, ""},
 	"length-past-end":   {"020405b4080a0101", 1460, 1440, ""},
 	"mss-of-length-3":   {"02030500020405b401000000", 536, 1220, ""},
-	"after-end-of-list": {"020405b400030307", 1460, 1440, ""},
+	"after-end-of-list": {"020405b400020402", 1460, 1440, ""},
 }
 
 // TestStacksSYN speaks TLS by hand behind each of those SYNs.
