@@ -3,7 +3,9 @@
 package e2e
 
 import (
+	"io"
 	"net"
+	"slices"
 	"testing"
 	"time"
 
@@ -114,4 +116,50 @@ func icmpTooBig(t *testing.T, s testbed.Segment, mtu uint16) []byte {
 	out := gopacket.NewSerializeBuffer()
 	must(t, gopacket.SerializeLayers(out, gopacket.SerializeOptions{ComputeChecksums: true, FixLengths: true}, layer...))
 	return out.Bytes()
+}
+
+// TestTooBigOptions has a client send data that does not fit the backend's leg, with options that belong to a SYN: it is cut
+// once, and the pieces fit.
+func TestTooBigOptions(t *testing.T) {
+	bed := newBed(t, testbed.Options{BackendMTU: 1280, NoOffload: true})
+	got := make(chan int, 1)
+	for _, v6 := range []bool{false, true} {
+		serve(t, bed.Backend, at(bed, 1, v6, 443), func(c net.Conn) {
+			defer func() { _ = c.Close() }()
+			n, _ := io.Copy(io.Discard, c)
+			got <- int(n)
+		})
+	}
+	d := attach(t, bed, siteRoutes(bed))
+	first := hello(t, classic("a.example.com"))
+	families(t, func(t *testing.T, v6 bool) {
+		before := d.counters()
+		r, err := bed.Raw(vip(bed, v6))
+		must(t, err)
+		defer func() { _ = r.Close() }()
+		_, err = r.Open(testbed.MSS(1460), 3*time.Second)
+		must(t, err)
+		must(t, r.Send(r.At(0, first)))
+		d.waitFlows("one open", 3*time.Second, func(f []flow) bool {
+			return slices.ContainsFunc(f, func(one flow) bool { return one.State == "open" })
+		})
+		big := r.At(len(first), make([]byte, 1400))
+		big.Options = slices.Concat(testbed.MSS(1460), testbed.WScale(7), testbed.NOP(), testbed.SACKOK(), testbed.NOP(), testbed.NOP())
+		must(t, r.Send(big))
+		r.SndNxt += uint32(len(first) + 1400)
+		must(t, r.CloseWrite())
+		select {
+		case n := <-got:
+			if want := len(first) + 1400; n != want {
+				t.Errorf("the backend has %d bytes of %d", n, want)
+			}
+		case <-time.After(3 * time.Second):
+			t.Error("the backend never heard of the end")
+		}
+		after := d.counters()
+		if n := after.packets("engine/too_big") - before.packets("engine/too_big"); n != 1 {
+			t.Errorf("%d packets were cut", n)
+		}
+		must(t, r.Send(r.Bare(testbed.RST)))
+	})
 }

@@ -4,8 +4,10 @@ package e2e
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"strings"
@@ -187,6 +189,71 @@ func TestSourceAddresses(t *testing.T) {
 	if refused.err == nil || !strings.Contains(refused.stderr.String(), "203.0.113.77 is no address of this node") {
 		t.Errorf("a source address of somebody else: %v", refused.err)
 	}
+}
+
+// TestSourceOverlap has two pools speak to one backend from ranges of ports that overlap: a port that both may use is never
+// used twice, and whoever comes next has it once it is free.
+func TestSourceOverlap(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	for _, addr := range []string{"203.0.113.5/32", "2001:db8:3::5/128"} {
+		if out, err := bed.LB.Command(t.Context(), "ip", "addr", "add", addr, "dev", "lo").CombinedOutput(); err != nil {
+			t.Fatalf("ip addr: %v\n%s", err, out)
+		}
+	}
+	const source = `source: {addresses: [203.0.113.5, "2001:db8:3::5"], ports: "%s"}`
+	d := attach(t, bed, "version: 1\nlisten: [\":443\"]\npools:\n"+
+		pool(bed, "low", fmt.Sprintf(source, "9000-9003"), 1)+pool(bed, "high", fmt.Sprintf(source, "9002-9005"), 1)+
+		"routes:\n  - {sni: a.example.com, pool: low}\n  - {sni: b.example.com, pool: high}\n", "--workers", "1")
+	families(t, func(t *testing.T, v6 bool) {
+		open := map[uint16]*tls.Conn{} // by the port that the backend sees
+		defer func() {
+			for _, c := range open {
+				_ = c.Close()
+			}
+		}()
+		dial := func(name string) (port uint16) {
+			c := dialTLS(t, bed, vip(bed, v6), name)
+			got, err := whoami(c)
+			wantBody(t, got, err, "b1", name)
+			port = netip.MustParseAddrPort(got[strings.LastIndex(got, " ")+1:]).Port()
+			if open[port] != nil {
+				t.Errorf("port %d is used twice", port)
+			}
+			open[port] = c
+			return port
+		}
+		for range 4 {
+			dial("a.example.com")
+		}
+		for _, want := range []uint16{9004, 9005} { // all others of its own are the other pool's
+			if got := dial("b.example.com"); got != want {
+				t.Errorf("port %d, want %d", got, want)
+			}
+		}
+		if c, err := tryTLS(t, bed, vip(bed, v6), "b.example.com"); err == nil {
+			_ = c.Close()
+			t.Error("a seventh connection over six ports")
+		}
+		end := func(port uint16) { // without a RST, behind which a flow stays for a while
+			must(t, open[port].NetConn().(*net.TCPConn).CloseWrite())
+			_, _ = io.Copy(io.Discard, open[port])
+			_ = open[port].Close()
+			delete(open, port)
+		}
+		end(9003)
+		d.waitFlows("one less", 10*time.Second, func(f []flow) bool { return len(f) == 5 })
+		if got := dial("b.example.com"); got != 9003 {
+			t.Errorf("port %d, want 9003, which alone is free", got)
+		}
+		for port, c := range open {
+			if got, err := whoami(c); err != nil {
+				t.Errorf("the connection from port %d: %q, %v", port, got, err)
+			}
+			end(port)
+		}
+		d.noFlows(15 * time.Second)
+	})
 }
 
 // TestSourceClientOfProxy has a proxy in front that names its client: that one's address and port are what the backend sees,

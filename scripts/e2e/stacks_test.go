@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -66,9 +67,9 @@ func TestStacksMTU(t *testing.T) {
 			families(t, func(t *testing.T, v6 bool) { moveBothWays(t, bed, v6) })
 		})
 	}
-	for _, mtu := range []int{576, 1280} { // the client's end alone: its MSS is all that tells
+	for _, mtu := range []int{576, 1280} { // the client's end alone: its MSS is all that tells, and what is larger is dropped
 		t.Run(fmt.Sprintf("one-end-%d", mtu), func(t *testing.T) {
-			bed := newBed(t, testbed.Options{})
+			bed := newBed(t, testbed.Options{NoOffload: true})
 			startBackends(t, bed)
 			attach(t, bed, siteRoutes(bed))
 			must(t, bed.Client.SetMTU("eth0", mtu))
@@ -146,17 +147,20 @@ func TestStacksBackend(t *testing.T) {
 	}
 }
 
-// TestStacksWindow looks at the windows that arrive where one side scales and the other does not: taken as they stand, they
+// TestStacksWindow looks at the windows that arrive where one side scales and the other does not, and where both do: taken as they stand, they
 // would be a thousandth of what was meant, or a hundred times as much.
 func TestStacksWindow(t *testing.T) {
 	const key = "ipv4/tcp_window_scaling"
 	for name, off := range map[string]func(*testbed.Bed) *testbed.NS{
 		"client":  func(b *testbed.Bed) *testbed.NS { return b.Client },
 		"backend": func(b *testbed.Bed) *testbed.NS { return b.Backend },
+		"neither": func(*testbed.Bed) *testbed.NS { return nil },
 	} {
 		t.Run(name, func(t *testing.T) {
 			bed := newBed(t, testbed.Options{})
-			must(t, off(bed).Sysctl(key, "0"))
+			if ns := off(bed); ns != nil {
+				must(t, ns.Sysctl(key, "0"))
+			}
 			attach(t, bed, siteRoutes(bed))
 			families(t, func(t *testing.T, v6 bool) {
 				accepted := make(chan *net.TCPConn, 1)
@@ -234,66 +238,102 @@ func TestStacksBackendMTU(t *testing.T) {
 	}
 }
 
-// synLayouts are SYN options of real systems, and broken ones. Timestamps are 0x11223344.
-var synLayouts = map[string]string{
-	"linux":             "020405b40402080a11223344000000000103030a",
-	"linux-2.2":         "020405b40402080a112233440000000001030300",
-	"linux-2.0":         "020405b4",
-	"android-1430":      "020405960402080a112233440000000001030306",
-	"loopback-16396":    "0204400c0402080a112233440000000001030304",
-	"windows-10":        "020405b40103030801010402",
-	"windows-xp":        "020405b401010402",
-	"windows-ts":        "020405b40103030801010402080a1122334400000000",
-	"macos":             "020405b4010303060101080a112233440000000004020000",
-	"freebsd":           "020405b4010303060402080a1122334400000000",
-	"openbsd":           "020405b401010402010303060101080a1122334400000000",
-	"none":              "",
-	"wscale-14":         "020405b40103030e",
-	"wscale-15":         "020405b40103030f",
-	"mss-536":           "02040218",
-	"mss-65535":         "0204ffff",
-	"mptcp":             "020405b40402080a112233440000000001030307" + "1e0c01810102030405060708",
-	"fast-open":         "020405b40402080a112233440000000001030307" + "22020101",
-	"md5":               "020405b40101" + "131200112233445566778899aabbccddeeff",
-	"ao":                "020405b4" + "1d10010100112233445566778899aabb",
-	"odd-offset":        "01020405b4030307080a1122334400000000040200"[:42] + "000000",
-	"mss-twice":         "020405b402040100",
-	"length-zero":       "020405b403000000",
-	"length-past-end":   "020405b4081e0101",
-	"mss-of-length-3":   "02030500020405b401000000",
-	"after-end-of-list": "020405b400030307",
+// synLayouts are SYN options of real systems, and broken ones, and what the backend's SYN then has: an MSS by family, and
+// options. Timestamps are 0x11223344.
+var synLayouts = map[string]struct {
+	options    string
+	mss4, mss6 int
+	asked      string
+}{
+	"linux":             {"020405b40402080a11223344000000000103030a", 1460, 1440, "sack ts wscale-10"},
+	"linux-2.2":         {"020405b40402080a112233440000000001030300", 1460, 1440, "sack ts wscale-0"},
+	"linux-2.0":         {"020405b4", 1460, 1440, ""},
+	"android-1430":      {"020405960402080a112233440000000001030306", 1400, 1420, "sack ts wscale-6"},
+	"loopback-16396":    {"0204400c0402080a112233440000000001030304", 1460, 1440, "sack ts wscale-4"},
+	"windows-10":        {"020405b40103030801010402", 1460, 1440, "sack wscale-8"},
+	"windows-xp":        {"020405b401010402", 1460, 1440, "sack"},
+	"windows-ts":        {"020405b40103030801010402080a1122334400000000", 1460, 1440, "sack ts wscale-8"},
+	"macos":             {"020405b4010303060101080a112233440000000004020000", 1460, 1440, "sack ts wscale-6"},
+	"freebsd":           {"020405b4010303060402080a1122334400000000", 1460, 1440, "sack ts wscale-6"},
+	"openbsd":           {"020405b401010402010303060101080a1122334400000000", 1460, 1440, "sack ts wscale-6"},
+	"none":              {"", 536, 1220, ""},
+	"wscale-14":         {"020405b40103030e", 1460, 1440, "wscale-14"},
+	"wscale-15":         {"020405b40103030f", 1460, 1440, "wscale-14"},
+	"mss-536":           {"02040218", 536, 1220, ""},
+	"mss-65535":         {"0204ffff", 1460, 1440, ""},
+	"mptcp":             {"020405b40402080a112233440000000001030307" + "1e0c01810102030405060708", 1460, 1440, "sack ts wscale-7"},
+	"fast-open":         {"020405b40402080a112233440000000001030307" + "22020101", 1460, 1440, "sack ts wscale-7"},
+	"md5":               {"020405b40101" + "131200112233445566778899aabbccddeeff", 1460, 1440, ""},
+	"ao":                {"020405b4" + "1d10010100112233445566778899aabb", 1460, 1440, ""},
+	"odd-offset":        {"01020405b4030307080a1122334400000000040200000000", 1460, 1440, "sack ts wscale-7"},
+	"mss-twice":         {"020405b402040100", 1460, 1440, ""},
+	"length-zero":       {"020405b403000000", 1460, 1440, ""},
+	"length-past-end":   {"020405b4080a0101", 1460, 1440, ""},
+	"mss-of-length-3":   {"02030500020405b401000000", 536, 1220, ""},
+	"after-end-of-list": {"020405b400020402", 1460, 1440, ""},
 }
 
 // TestStacksSYN speaks TLS by hand behind each of those SYNs.
 func TestStacksSYN(t *testing.T) {
-	bed := newBed(t, testbed.Options{})
+	bed := wired(t, testbed.Options{})
 	startBackends(t, bed)
 	attach(t, bed, siteRoutes(bed))
 	for name, layout := range synLayouts {
-		options, err := hex.DecodeString(layout)
+		options, err := hex.DecodeString(layout.options)
 		must(t, err)
 		t.Run(name, func(t *testing.T) {
 			families(t, func(t *testing.T, v6 bool) {
-				r, err := bed.Raw(vip(bed, v6))
-				must(t, err)
-				defer func() { _ = r.Close() }()
-				r.TSVal = 0x11223344
-				if mss, ok := (testbed.Segment{Options: options}).Option(testbed.OptMSS); ok && len(mss) == 2 {
-					r.MSS = min(r.MSS, int(mss[0])<<8|int(mss[1]))
-				} else {
-					r.MSS = 536
+				bed.ClientWire.Record()
+				bed.BackendWire.Record()
+				speakBehind(t, bed, v6, options)
+				_, backend := checkAgreed(t, bed, v6, true)
+				mss := layout.mss4
+				if v6 {
+					mss = layout.mss6
 				}
-				r.MSS = max(r.MSS-12, 64)
-				synAck, err := r.Open(options, 3*time.Second)
-				must(t, err)
-				if synAck.BadChecksum {
-					t.Error("SYN-ACK with a bad checksum")
+				if got := backend.mss(backend.syn); got != mss || askedIn(backend.syn) != layout.asked {
+					t.Errorf("the backend was asked for %q and an MSS of %d, want %q and %d", askedIn(backend.syn), got, layout.asked, mss)
 				}
-				c := handshake(t, r, &tls.Config{ServerName: "a.example.com"})
-				got, err := whoami(c)
-				wantBody(t, got, err, "b1", "a.example.com")
-				_ = r.Send(r.Bare(testbed.RST)) // nothing more is wanted of this connection
 			})
 		})
 	}
+}
+
+// speakBehind has a connection whose SYN has those options.
+func speakBehind(t *testing.T, bed *testbed.Bed, v6 bool, options []byte) {
+	t.Helper()
+	r, err := bed.Raw(vip(bed, v6))
+	must(t, err)
+	defer func() { _ = r.Close() }()
+	r.TSVal = 0x11223344
+	if mss, ok := (testbed.Segment{Options: options}).Option(testbed.OptMSS); ok && len(mss) == 2 {
+		r.MSS = min(r.MSS, int(mss[0])<<8|int(mss[1]))
+	} else {
+		r.MSS = 536
+	}
+	r.MSS = max(r.MSS-12, 64)
+	synAck, err := r.Open(options, 3*time.Second)
+	must(t, err)
+	if synAck.BadChecksum {
+		t.Error("SYN-ACK with a bad checksum")
+	}
+	c := handshake(t, r, &tls.Config{ServerName: "a.example.com"})
+	got, err := whoami(c)
+	wantBody(t, got, err, "b1", "a.example.com")
+	_ = r.Send(r.Bare(testbed.RST)) // nothing more is wanted of this connection
+}
+
+// askedIn lists the options of a SYN that may be negotiated.
+func askedIn(syn testbed.Segment) string {
+	var all []string
+	if has(syn, testbed.OptSACKOK) {
+		all = append(all, "sack")
+	}
+	if has(syn, testbed.OptTimestamps) {
+		all = append(all, "ts")
+	}
+	if scale, ok := syn.Option(testbed.OptWScale); ok {
+		all = append(all, fmt.Sprintf("wscale-%d", scale[0]))
+	}
+	return strings.Join(all, " ")
 }

@@ -58,6 +58,9 @@ func (w *worker) replay(leg maps.Leg, s packet.Segment, mss int) {
 		request = maps.TapReplayBackend
 	}
 	payload, flags := s.Payload, s.Flags
+	// Sizes allow for timestamps and for no other option: a piece that was too big again
+	// would come back without end.
+	s.Options = packet.Options{HasTimestamps: s.Options.HasTimestamps, TSVal: s.Options.TSVal, TSEcr: s.Options.TSEcr}
 	for {
 		n := min(len(payload), mss)
 		s.Payload, payload = payload[:n], payload[n:]
