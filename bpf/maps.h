@@ -65,7 +65,7 @@ struct ring {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, MAX_WORKERS);
+	__uint(max_entries, 2 * MAX_WORKERS); /* each worker's, then each worker's quiet one */
 	__type(key, __u32);
 	__array(values, struct ring);
 } rings SEC(".maps");

@@ -279,7 +279,10 @@ func (i *Instance) sorted() []*attachment {
 func (i *Instance) Tables() *maps.Tables { return i.tables }
 
 // Ring returns the ring buffer of a worker. It is closed by Close.
-func (i *Instance) Ring(worker int) *ebpf.Map { return i.rings[worker] }
+func (i *Instance) Ring(worker int) *ebpf.Map { return i.rings[2*worker] }
+
+// QuietRing is the ring of a worker whose events wake nobody.
+func (i *Instance) QuietRing(worker int) *ebpf.Map { return i.rings[2*worker+1] }
 
 // TapQueues returns one file a worker: each Write puts a whole Ethernet frame on
 // the TAP device, where the TAP program runs on it before Write returns. The files

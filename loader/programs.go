@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -104,21 +105,27 @@ func (i *Instance) createMaps() error {
 }
 
 func (i *Instance) createRings() error {
+	// Events of the quiet ring are headers, and few: two a flow.
+	quietSize := max(i.opts.RingSize/8, os.Getpagesize())
 	for worker := range uint32(i.opts.Workers) {
-		ring, err := ebpf.NewMap(&ebpf.MapSpec{
-			Name:       fmt.Sprintf("snilb_ring%d", worker),
-			Type:       ebpf.RingBuf,
-			MaxEntries: uint32(i.opts.RingSize),
-		})
-		if err != nil {
-			return fmt.Errorf("create ring %d: %w", worker, err)
+		err := i.createRing(worker, fmt.Sprintf("snilb_ring%d", worker), i.opts.RingSize)
+		if err == nil {
+			err = i.createRing(bpf.MaxWorkers+worker, fmt.Sprintf("snilb_quiet%d", worker), quietSize)
 		}
-		i.rings = append(i.rings, ring)
-		if err := i.tables.Rings.Put(&worker, ring); err != nil {
-			return fmt.Errorf("create ring %d: %w", worker, err)
+		if err != nil {
+			return fmt.Errorf("create the rings of worker %d: %w", worker, err)
 		}
 	}
 	return nil
+}
+
+func (i *Instance) createRing(index uint32, name string, size int) error {
+	ring, err := ebpf.NewMap(&ebpf.MapSpec{Name: name, Type: ebpf.RingBuf, MaxEntries: uint32(size)})
+	if err != nil {
+		return err
+	}
+	i.rings = append(i.rings, ring)
+	return i.tables.Rings.Put(&index, ring)
 }
 
 // loadProgram loads a copy of a role's program that counts in a slot of its own.
