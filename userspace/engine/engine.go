@@ -40,7 +40,8 @@ type Options struct {
 	Rings  []*ebpf.Map // one a worker
 	// QuietRings are of the same workers: what is in them can wait, and wakes nobody.
 	QuietRings []*ebpf.Map
-	Queues     []io.Writer // of the TAP device, one a worker; a write is a frame
+	Jobs       []*maps.Jobs // of the same workers
+	Queues     []io.Writer  // of the TAP device, one a worker; a write is a frame
 	// NextHop asks the kernel for the way to an address.
 	NextHop func(netip.Addr) (Hop, error)
 	// NextHopWithin is NextHop for a destination that takes IP packets of mtu bytes
@@ -72,9 +73,9 @@ type Engine struct {
 
 // New makes an engine that decides by p.
 func New(o Options, p *Plan) (*Engine, error) {
-	if n := len(o.Rings); n == 0 || n != len(o.QuietRings) || n != len(o.Queues) {
-		return nil, fmt.Errorf("%d rings, %d quiet ones and %d queues: want one of each a worker",
-			n, len(o.QuietRings), len(o.Queues))
+	if n := len(o.Rings); n == 0 || n != len(o.QuietRings) || n != len(o.Jobs) || n != len(o.Queues) {
+		return nil, fmt.Errorf("%d rings, %d quiet ones, %d lists of jobs and %d queues: want one of each a worker",
+			n, len(o.QuietRings), len(o.Jobs), len(o.Queues))
 	}
 	secret, err := bootSecret()
 	if err != nil {
@@ -87,6 +88,7 @@ func New(o Options, p *Plan) (*Engine, error) {
 	e.plan.Store(p)
 	for i := range o.Rings {
 		w := newWorker(e, i, o.Queues[i])
+		w.jobs = o.Jobs[i]
 		e.workers = append(e.workers, w)
 		if err := w.openRings(o.Rings[i], o.QuietRings[i]); err != nil {
 			e.closeRings()

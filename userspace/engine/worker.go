@@ -36,10 +36,12 @@ type worker struct {
 	ring  *ring
 	quiet *ring // read along, without waiting for it
 	queue io.Writer
+	jobs  *maps.Jobs
 
 	mu         sync.Mutex
 	now        int64 // CLOCK_MONOTONIC ns, read once an event
 	timers     timers
+	due        []*flow // of those, in one look
 	handshakes map[connection]*handshake
 	flows      map[connection]*flow
 	paths      map[pathKey]*ports
@@ -131,9 +133,25 @@ func (w *worker) deadline() time.Time {
 	return w.e.clock.at((at/timerGrid + 1) * timerGrid)
 }
 
+// runTimers has what is due looked at: flows together, since that takes system calls.
 func (w *worker) runTimers() {
-	for t := w.timers.due(w.now); t != nil; t = w.timers.due(w.now) {
-		t.owner.expire(w)
+	for {
+		w.due = w.due[:0]
+		for len(w.due) < maps.FlowJobs {
+			t := w.timers.due(w.now)
+			if t == nil {
+				break
+			}
+			if f, ok := t.owner.(*flow); ok {
+				w.due = append(w.due, f)
+			} else {
+				t.owner.expire(w)
+			}
+		}
+		if len(w.due) == 0 {
+			return
+		}
+		w.review(w.due)
 	}
 }
 
