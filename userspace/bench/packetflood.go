@@ -26,6 +26,7 @@ type FloodOptions struct {
 	Rate     float64 // packets a second; 0: as fast as it goes
 	Duration time.Duration
 	Progress func(Second)
+	XDP      bool // as in PacketOptions
 }
 
 // FloodKinds are the kinds.
@@ -41,7 +42,7 @@ func Flood(ctx context.Context, o FloodOptions) (*Result, error) {
 	if !ok {
 		return nil, fmt.Errorf("no flood of kind %q: one of %v", o.Kind, FloodKinds)
 	}
-	way, err := openWay(ctx, o.Target, PacketOptions{Interface: o.Interface, Sources: o.Sources}, false)
+	way, err := openWay(ctx, o.Target, PacketOptions{Interface: o.Interface, Sources: o.Sources, XDP: o.XDP})
 	if err != nil {
 		return nil, err
 	}
@@ -67,6 +68,9 @@ var floodShapes = map[string]packet.Segment{
 		Payload: []byte{22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3}},
 }
 
+// floodTurn is how many packets are sent at once.
+const floodTurn = xdpBatch
+
 type flood struct {
 	way    *way
 	target netip.AddrPort
@@ -81,7 +85,7 @@ func (f *flood) run(clock clock, stop *atomic.Bool) error {
 	random := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
 	begun := clock.now()
 	for sent := float64(0); !stop.Load(); {
-		now, batch := clock.now(), float64(txBatch)
+		now, batch := clock.now(), float64(floodTurn)
 		if f.rate > 0 {
 			batch = min(batch, float64(now-begun)/1e9*f.rate-sent)
 			if batch < 1 {
@@ -89,16 +93,16 @@ func (f *flood) run(clock clock, stop *atomic.Bool) error {
 				continue
 			}
 		}
-		before := f.way.ring.sent
 		for range int(batch) {
 			f.one(random, now)
 		}
-		if err := f.way.ring.flush(); err != nil {
+		if err := f.way.flush(); err != nil {
 			return err
 		}
+		f.way.receive(floodTurn, func([]byte) {})
 		sent += float64(int(batch))
 		f.tally.mu.Lock()
-		f.tally.attempts += f.way.ring.sent - before
+		f.tally.attempts += uint64(batch)
 		f.tally.mu.Unlock()
 	}
 	return nil
@@ -111,5 +115,5 @@ func (f *flood) one(random *rand.Rand, now int64) {
 	if s.Has(packet.ACK) {
 		s.Ack, s.Options.TSEcr = random.Uint32(), clockMillis(now)
 	}
-	put(f.way.ring, &f.way.hop, &s, nil, 0)
+	put(f.way.line, &f.way.hop, &s, nil, 0)
 }

@@ -69,54 +69,70 @@ func (t *tap) close() error {
 	return errors.Join(errs...)
 }
 
-// matcher is a program that returns yes for TCP without IP options or extensions that matches, else no. Packets too short
-// to say end the program with 0, which is no.
+// matcher is a program that returns yes for packets that match, else no. Packets too short to say end the program with 0,
+// which is no.
 func matcher(kind ebpf.ProgramType, matches []match, yes, no int32) (*ebpf.Program, error) {
 	code := asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}
-	for i, m := range matches {
-		code = append(code, m.instructions(fmt.Sprint("match", i), fmt.Sprint("match", i+1))...)
-	}
+	code = append(code, matchAny(matches, func(at int32, size asm.Size) asm.Instructions {
+		return asm.Instructions{asm.LoadAbs(at, size)}
+	})...)
 	code = append(code,
-		asm.Mov.Imm(asm.R0, no).WithSymbol(fmt.Sprint("match", len(matches))), asm.Return(),
+		asm.Mov.Imm(asm.R0, no).WithSymbol("no"), asm.Return(),
 		asm.Mov.Imm(asm.R0, yes).WithSymbol("yes"), asm.Return())
 	return ebpf.NewProgram(&ebpf.ProgramSpec{Type: kind, License: "GPL", Instructions: code})
 }
 
+// fetch loads a number that stands somewhere in the frame to R0.
+type fetch func(at int32, size asm.Size) asm.Instructions
+
+// matchAny jumps to "yes" for TCP without IP options or extensions that matches, else to "no".
+func matchAny(matches []match, load fetch) (code asm.Instructions) {
+	for i, m := range matches {
+		next := fmt.Sprint("match", i+1)
+		if i+1 == len(matches) {
+			next = "no"
+		}
+		part := m.instructions(next, load)
+		part[0] = part[0].WithSymbol(fmt.Sprint("match", i))
+		code = append(code, part...)
+	}
+	return code
+}
+
 // instructions jump to yes, or to next.
-func (m *match) instructions(symbol, next string) asm.Instructions {
-	kind, ip, protocol, src := int32(0x0800), int32(header4), int32(9), int32(12)
+func (m *match) instructions(next string, load fetch) (code asm.Instructions) {
+	kind, ip, protocol, src := uint32(0x0800), int32(header4), int32(9), int32(12)
 	if m.dst.Addr().Is6() {
 		kind, ip, protocol, src = 0x86dd, header6, 6, 8
 	}
-	width := int32(m.dst.Addr().BitLen() / 8)
-	code := asm.Instructions{asm.LoadAbs(12, asm.Half).WithSymbol(symbol)}
-	want := func(value int32) { code = append(code, asm.JNE.Imm32(asm.R0, value, next)) }
-	want(kind)
-	code = append(code, asm.LoadAbs(ethernetHeader+protocol, asm.Byte))
-	want(6)
-	if kind == 0x0800 {
-		code = append(code, asm.LoadAbs(ethernetHeader, asm.Byte))
-		want(0x45)
+	want := func(at int32, size asm.Size, value uint32) {
+		code = append(append(code, load(at, size)...), asm.JNE.Imm32(asm.R0, int32(value), next))
 	}
-	code = append(code, prefixTest(ethernetHeader+src, m.src, next)...)
-	code = append(code, prefixTest(ethernetHeader+src+width, m.dst, next)...)
+	want(12, asm.Half, kind)
+	want(ethernetHeader+protocol, asm.Byte, 6)
+	if ip == header4 {
+		want(ethernetHeader, asm.Byte, 0x45)
+	}
+	for i, p := range [...]netip.Prefix{m.src, m.dst} {
+		at := ethernetHeader + src + int32(i*m.dst.Addr().BitLen()/8)
+		code = append(code, prefixTest(at, p, next, load)...)
+	}
 	for i, port := range [...]uint16{m.srcPort, m.dstPort} {
 		if port != 0 {
-			code = append(code, asm.LoadAbs(ethernetHeader+ip+int32(i)*2, asm.Half))
-			want(int32(port))
+			want(ethernetHeader+ip+int32(i)*2, asm.Half, uint32(port))
 		}
 	}
 	return append(code, asm.Ja.Label("yes"))
 }
 
 // prefixTest compares an address in the packet, word by word.
-func prefixTest(at int32, p netip.Prefix, next string) (code asm.Instructions) {
+func prefixTest(at int32, p netip.Prefix, next string, load fetch) (code asm.Instructions) {
 	if !p.IsValid() {
 		return nil
 	}
 	raw := p.Masked().Addr().AsSlice()
 	for i := 0; i*32 < p.Bits(); i++ {
-		code = append(code, asm.LoadAbs(at+int32(i)*4, asm.Word))
+		code = append(code, load(at+int32(i)*4, asm.Word)...)
 		if rest := p.Bits() - i*32; rest < 32 {
 			code = append(code, asm.RSh.Imm32(asm.R0, int32(32-rest)), asm.LSh.Imm32(asm.R0, int32(32-rest)))
 		}

@@ -34,7 +34,6 @@ type ring struct {
 	vectors []unix.Iovec
 	msgs    []mmsghdr
 	queued  int
-	sent    uint64
 }
 
 // mmsghdr is the C library's.
@@ -143,7 +142,6 @@ func (r *ring) flush() error {
 		switch errno {
 		case 0:
 			done += int(n)
-			r.sent += uint64(n)
 		case unix.EAGAIN, unix.ENOBUFS, unix.EINTR:
 			done++ // lost on the way, as packets are
 		default:
@@ -171,9 +169,11 @@ func (r *ring) receive(most int, take func(frame []byte)) int {
 	return most
 }
 
-func (r *ring) wait(d time.Duration) error {
+func (r *ring) wait(d time.Duration) error { return ppoll(r.poll[:], d) }
+
+func ppoll(fds []unix.PollFd, d time.Duration) error {
 	timeout := unix.NsecToTimespec(int64(d))
-	_, err := unix.Ppoll(r.poll[:], &timeout, nil)
+	_, err := unix.Ppoll(fds, &timeout, nil)
 	if err != nil && !errors.Is(err, unix.EINTR) {
 		return fmt.Errorf("wait for packets: %w", err)
 	}
