@@ -30,7 +30,7 @@ const (
 	fullWindow  = 64240
 	windowScale = 7
 	// Attempts begun, and frames taken, before the other has its turn.
-	turn = 64
+	turn = 128
 )
 
 // clientConn is one connection. Offsets count from the byte after the SYN.
@@ -73,6 +73,7 @@ type client struct {
 	now     int64
 	due     float64 // open loop: when the next attempt is
 	err     error
+	taker   func([]byte) // c.take: to make one a turn would allocate
 }
 
 func newClient(l *Load, sources pairs, mss int, way hop, to line, t *tally, now int64) (*client, error) {
@@ -85,13 +86,14 @@ func newClient(l *Load, sources pairs, mss int, way hop, to line, t *tally, now 
 		next: uint32(rand.Uint64N(sources.total())), // a run does not meet what the last one left
 		now:  now, due: float64(now),
 	}
+	c.taker = c.take
 	return c, sources.check(l.Target, l.Concurrency)
 }
 
 // step does what there is to do at a time, and says if that was anything.
 func (c *client) step(now int64) bool {
 	c.now = now
-	taken := c.line.receive(turn, c.take)
+	taken := c.line.receive(turn, c.taker)
 	c.wheel.expire(now, c.expired)
 	begun := 0
 	for begun < turn && c.mayBegin() && c.begin() {

@@ -53,19 +53,22 @@ type server struct {
 	wheel  *wheel
 	now    int64
 	hop    hop // back to whom the frame came from
+	taker  func([]byte)
 }
 
 func newServer(listen []netip.AddrPort, reply []byte, mss int, to line, secret [2]uint64, now int64) *server {
-	return &server{
+	v := &server{
 		listen: listen, line: to, mss: mss, reply: flight{data: reply}, secret: secret,
 		slab: make([]session, sessionSets*sessionWays), wheel: newWheel(sessionSets*sessionWays, now), now: now,
 	}
+	v.taker = v.take
+	return v
 }
 
 // step is the client's, for the server.
 func (v *server) step(now int64) (bool, error) {
 	v.now = now
-	taken := v.line.receive(turn, v.take)
+	taken := v.line.receive(turn, v.taker)
 	v.wheel.expire(now, v.expired)
 	return taken > 0, v.line.flush()
 }
