@@ -50,6 +50,7 @@ type server struct {
 	reply  flight
 	secret [2]uint64
 	slab   []session // sessionSets sets of sessionWays
+	tags   []uint32  // of each session a part of its hash, so that only the right one is looked at; 0: free
 	wheel  *wheel
 	now    int64
 	hop    hop // back to whom the frame came from
@@ -59,7 +60,8 @@ type server struct {
 func newServer(listen []netip.AddrPort, reply []byte, mss int, to line, secret [2]uint64, now int64) *server {
 	v := &server{
 		listen: listen, line: to, mss: mss, reply: flight{data: reply}, secret: secret,
-		slab: make([]session, sessionSets*sessionWays), wheel: newWheel(sessionSets*sessionWays, now), now: now,
+		slab: make([]session, sessionSets*sessionWays), tags: make([]uint32, sessionSets*sessionWays),
+		wheel: newWheel(sessionSets*sessionWays, now), now: now,
 	}
 	v.taker = v.take
 	return v
@@ -155,12 +157,17 @@ func (v *server) mix(s *packet.Segment, n uint64) uint64 {
 func (v *server) find(s *packet.Segment, hash uint64) (int32, bool) {
 	set := int32(hash%sessionSets) * sessionWays
 	for at := set; at < set+sessionWays; at++ {
-		if k := &v.slab[at]; k.state != free && k.peer == s.Src && k.local == s.Dst {
+		if v.tags[at] != tagOf(hash) {
+			continue
+		}
+		if k := &v.slab[at]; k.peer == s.Src && k.local == s.Dst {
 			return at, true
 		}
 	}
 	return 0, false
 }
+
+func tagOf(hash uint64) uint32 { return uint32(hash>>32) | 1 }
 
 // gotFirst deals with a segment of no session. It makes one when this is the first of a connection whose SYN was answered.
 func (v *server) gotFirst(s *packet.Segment, hash uint64) {
@@ -178,6 +185,7 @@ func (v *server) gotFirst(s *packet.Segment, hash uint64) {
 			peer: s.Src, local: s.Dst, iss: s.Ack - 1, rcvNxt: s.Seq, state: reading, hop: v.hop,
 			timestamps: s.Options.HasTimestamps, size: segmentSize(v.mss, &peer, 0),
 		}
+		v.tags[at] = tagOf(hash)
 		v.wheel.set(at, v.now+idleLimit)
 		v.gotSegment(at, s)
 	}
@@ -188,7 +196,7 @@ func (v *server) room(hash uint64) int32 {
 	set := int32(hash%sessionSets) * sessionWays
 	oldest := set
 	for at := set; at < set+sessionWays; at++ {
-		if v.slab[at].state == free {
+		if v.tags[at] == 0 {
 			return at
 		}
 		if v.slab[at].touched < v.slab[oldest].touched {
@@ -200,7 +208,7 @@ func (v *server) room(hash uint64) int32 {
 }
 
 func (v *server) release(at int32) {
-	v.slab[at].state = free
+	v.slab[at].state, v.tags[at] = free, 0
 	v.wheel.cancel(at)
 }
 
