@@ -142,7 +142,8 @@ func (r *ring) flush() error {
 		switch errno {
 		case 0:
 			done += int(n)
-		case unix.EAGAIN, unix.ENOBUFS, unix.EINTR:
+		case unix.EINTR:
+		case unix.EAGAIN, unix.ENOBUFS:
 			done++ // lost on the way, as packets are
 		default:
 			r.queued = 0

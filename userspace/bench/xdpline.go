@@ -288,13 +288,18 @@ func (x *xdpLine) flush() error {
 		return x.sendFew(n)
 	}
 	*x.word(sharedNext) = 0
-	run := x.run
-	run.repeat = uint32(n)
-	_, _, errno := unix.RawSyscall(unix.SYS_BPF, unix.BPF_PROG_TEST_RUN, uintptr(unsafe.Pointer(&run)), unsafe.Sizeof(run))
-	if errno != 0 && errno != unix.EINTR && errno != unix.EAGAIN {
-		return fmt.Errorf("send frames by XDP: %w", errno)
+	// A signal, of which the Go runtime has many, ends a run before all are sent.
+	for next := x.word(sharedNext); ; {
+		run := x.run
+		run.repeat = uint32(n) - *next
+		_, _, errno := unix.RawSyscall(unix.SYS_BPF, unix.BPF_PROG_TEST_RUN, uintptr(unsafe.Pointer(&run)), unsafe.Sizeof(run))
+		switch {
+		case errno != 0 && errno != unix.EINTR:
+			return fmt.Errorf("send frames by XDP: %w", errno)
+		case errno == 0 || *next >= uint32(n):
+			return nil
+		}
 	}
-	return nil
 }
 
 func (x *xdpLine) sendFew(n int) error {
