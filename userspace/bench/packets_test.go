@@ -172,9 +172,21 @@ func TestPacketConnections(t *testing.T) {
 			eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
 				l.Hellos, l.Reply = testHellos(t, c.hello), c.reply
 				b := newTable(t, l, sources, c.reply)
+				longest := 0
+				b.cend.to = func(frame []byte) {
+					longest = max(longest, len(segment(t, frame).Payload))
+					b.send.deliver(frame)
+				}
 				b.run(100 * time.Millisecond)
 				r := b.end(time.Second)
 				wantAll(t, r)
+				if want := c.hello.SegmentBytes; want > 0 && longest != want || longest > 1440-timestampBytes {
+					t.Errorf("a segment of %d bytes, want %d", longest, want)
+				}
+				// Nothing was lost, so nothing may wait for a timer.
+				if r.Latency.Max > 100e3 {
+					t.Errorf("%+v", *r.Latency)
+				}
 				if r.Bytes != r.Successes*uint64(c.reply) {
 					t.Errorf("%d bytes for %d replies of %d", r.Bytes, r.Successes, c.reply)
 				}
@@ -211,7 +223,13 @@ func TestPacketLoss(t *testing.T) {
 				}
 			}
 		}
-		b.cend.to, b.send.to = bad(b.send), bad(b.cend)
+		lossy := bad(b.send)
+		b.send.to, b.cend.to = bad(b.cend), func(frame []byte) {
+			if s := segment(t, frame); s.Has(packet.RST | packet.ACK) {
+				t.Error("a connection was not closed but reset")
+			}
+			lossy(frame)
+		}
 		b.run(10 * time.Second)
 		r := b.end(60 * time.Second)
 		wantAll(t, r)
@@ -295,6 +313,50 @@ func TestPacketForged(t *testing.T) {
 	})
 }
 
+// TestPacketOrder has the second half of an answer come first: it is not the answer yet.
+func TestPacketOrder(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
+		l.Concurrency, l.Reply = 1, 20
+		b := newTable(t, l, sources, 1)
+		var hello, last packet.Segment
+		b.peerAnswers(func(s packet.Segment) *packet.Segment {
+			last = s
+			switch {
+			case s.Has(packet.SYN):
+				return synACK(s)
+			case len(s.Payload) > 0:
+				hello = s
+			}
+			return nil
+		})
+		give := func(offset uint32, n int, flags uint8) {
+			a := packet.Segment{Src: hello.Dst, Dst: hello.Src, Seq: 1001 + offset, Ack: hello.End(), Flags: packet.ACK | flags,
+				Payload: make([]byte, n)}
+			b.cend.deliver(a.Append(make([]byte, ethernetHeader)))
+			b.client.stopped = true
+			b.run(2 * time.Millisecond)
+		}
+		b.run(3 * time.Millisecond)
+		for i, step := range []struct {
+			offset, ack uint32
+			n, running  int
+			flags       uint8
+		}{
+			{10, 1001, 10, 1, packet.FIN}, {0, 1006, 5, 1, 0}, {0, 1011, 10, 1, 0}, {0, 1011, 10, 1, 0}, {8, 1022, 12, 0, packet.FIN},
+		} {
+			give(step.offset, step.n, step.flags)
+			if last.Ack != step.ack || b.client.running != step.running {
+				t.Errorf("step %d: acknowledged %d, want %d; running %d, want %d", i, last.Ack, step.ack, b.client.running, step.running)
+			}
+		}
+		a := packet.Segment{Src: hello.Dst, Dst: hello.Src, Seq: 1022, Ack: last.End(), Flags: packet.ACK}
+		b.cend.deliver(a.Append(make([]byte, ethernetHeader)))
+		if r := b.end(10 * time.Millisecond); r.Bytes != 20 {
+			t.Errorf("%d bytes", r.Bytes)
+		}
+	})
+}
+
 // TestPacketRetries looks at when a silent peer is asked again, and that the timestamps are the peer's.
 func TestPacketRetries(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
@@ -349,6 +411,9 @@ func TestPacketOpenLoop(t *testing.T) {
 		var held [][]byte
 		b.cend.to = func(frame []byte) { held = append(held, frame) }
 		b.run(300 * time.Millisecond)
+		if n := b.client.running; n != l.Concurrency {
+			t.Errorf("%d attempts at once, want %d", n, l.Concurrency)
+		}
 		b.cend.to = b.send.deliver
 		for _, frame := range held {
 			b.send.deliver(frame)

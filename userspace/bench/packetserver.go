@@ -214,10 +214,6 @@ func (v *server) release(at int32) {
 
 func (v *server) gotSegment(at int32, s *packet.Segment) {
 	k := &v.slab[at]
-	if before(k.rcvNxt, s.Seq) {
-		v.control(k, packet.ACK) // of what is missing
-		return
-	}
 	k.touched, k.hop = v.now, v.hop
 	if s.Options.HasTimestamps {
 		k.tsRecent = s.Options.TSVal
@@ -238,9 +234,10 @@ func (v *server) gotSegment(at int32, s *packet.Segment) {
 	v.maybeDone(at, k)
 }
 
-// absorb returns what is new in a segment. What the capture does not hold was never received: it will be repeated.
+// absorb returns what is new in a segment. What the capture does not hold was never received, nor what comes before something
+// else that is missing: it will be repeated.
 func (v *server) absorb(k *session, s *packet.Segment) (payload []byte, fin bool) {
-	skip := int(k.rcvNxt - s.Seq)
+	skip := int(k.rcvNxt - s.Seq) // behind a gap, more than any payload
 	if skip <= len(s.Payload) && !k.peerFIN {
 		payload = s.Payload[skip:]
 		k.rcvNxt += uint32(len(payload))
