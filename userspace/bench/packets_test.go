@@ -342,7 +342,7 @@ func TestPacketOrder(t *testing.T) {
 			n, running  int
 			flags       uint8
 		}{
-			{10, 1001, 10, 1, packet.FIN}, {0, 1006, 5, 1, 0}, {0, 1011, 10, 1, 0}, {0, 1011, 10, 1, 0}, {8, 1022, 12, 0, packet.FIN},
+			{10, 1001, 10, 1, packet.FIN}, {0, 1006, 5, 1, 0}, {0, 1011, 10, 1, 0}, {0, 1011, 5, 1, 0}, {8, 1022, 12, 0, packet.FIN},
 		} {
 			give(step.offset, step.n, step.flags)
 			if last.Ack != step.ack || b.client.running != step.running {
@@ -443,7 +443,7 @@ func TestPacketReuse(t *testing.T) {
 				if gap := len(order) - slices.Index(order, s.Src); len(order) < portsEach || gap < portsEach {
 					t.Fatalf("%v again after %d others", s.Src, gap)
 				}
-				if !before(iss+1000, s.Seq) {
+				if !before(iss+1<<16, s.Seq) { // longer than any hello
 					t.Fatalf("%v: %d after %d", s.Src, s.Seq, iss)
 				}
 				b.client.stopped = true
@@ -550,6 +550,59 @@ func TestPacketStateless(t *testing.T) {
 			t.Errorf("%d sessions after the idle time", n)
 		}
 	})
+}
+
+// TestPacketBeyond acknowledges what was never sent: neither side takes its own for arrived.
+func TestPacketBeyond(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
+		l.Concurrency = 1
+		b := newTable(t, l, sources, 1)
+		hellos, answers := 0, 0
+		beyond := func(to *fakeLine, s packet.Segment) {
+			a := packet.Segment{Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.End() + 5000, Flags: packet.ACK}
+			to.deliver(a.Append(make([]byte, ethernetHeader)))
+		}
+		b.cend.to = func(frame []byte) {
+			s := segment(t, frame)
+			if len(s.Payload) == 0 {
+				b.send.deliver(frame)
+			} else if hellos++; hellos < 3 {
+				beyond(b.cend, s)
+			} else {
+				b.send.deliver(frame)
+			}
+		}
+		b.send.to = func(frame []byte) {
+			s := segment(t, frame)
+			if len(s.Payload) == 0 {
+				b.cend.deliver(frame)
+			} else if answers++; answers < 3 {
+				beyond(b.send, s)
+			} else {
+				b.cend.deliver(frame)
+			}
+		}
+		b.run(10 * time.Millisecond)
+		wantAll(t, b.end(4*time.Second))
+	})
+}
+
+func TestSegmentSize(t *testing.T) {
+	for _, c := range []struct {
+		mss, wanted int
+		peer        packet.Options
+		want        uint16
+	}{
+		{1440, 0, packet.Options{MSS: 1460}, 1440},
+		{1460, 0, packet.Options{MSS: 1440, HasTimestamps: true}, 1428},
+		{1460, 100, packet.Options{MSS: 1440}, 100},
+		{1460, 0, packet.Options{}, 536},
+		{1460, 0, packet.Options{MSS: 1, HasTimestamps: true}, 76},
+	} {
+		if got := segmentSize(c.mss, &c.peer, c.wanted); got != c.want {
+			t.Errorf("%+v: %d", c, got)
+		}
+	}
 }
 
 // TestPacketWild throws frames at both that nobody honest sends.
