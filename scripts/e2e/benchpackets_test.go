@@ -318,3 +318,33 @@ func benchmarkPackets(b *testing.B, v6 bool, layout string, xdp bool) {
 		b.ReportMetric(float64(r.Failed()), "failed")
 	}
 }
+
+// BenchmarkFlood is how many packets a second leave, and arrive at a namespace that drops them.
+//
+//	go test ./scripts/e2e -run '^$' -bench '^BenchmarkFlood$' -benchtime 1x
+func BenchmarkFlood(b *testing.B) {
+	for _, xdp := range []bool{false, true} {
+		b.Run(fmt.Sprintf("xdp=%t", xdp), func(b *testing.B) {
+			bed, err := testbed.New(testbed.Options{})
+			check(b, err)
+			b.Cleanup(func() { _ = bed.Close() })
+			routePacketSources(b, bed)
+			o := bench.FloodOptions{
+				Target: netip.AddrPortFrom(bed.Backends4[0], 443), Interface: "eth0", Sources: packetSources[false], Kind: "syn",
+				Duration: 2 * time.Second, XDP: xdp,
+			}
+			for b.Loop() {
+				check(b, bed.Client.Do(func() error {
+					before := threadTime(b, unix.Gettid())
+					r, err := bench.Flood(context.Background(), o)
+					if err != nil {
+						return err
+					}
+					b.ReportMetric(float64(r.Attempts)/r.Seconds, "packets/s")
+					b.ReportMetric(float64(r.Attempts)/(threadTime(b, unix.Gettid())-before).Seconds(), "packets/cpu-s")
+					return nil
+				}))
+			}
+		})
+	}
+}
