@@ -25,7 +25,7 @@ func benchCommand() *cli.Command {
 			"the first bytes of the answer; it completes no TLS handshake. Any TLS server behind the balancer answers\n" +
 			"\"bench connections\"; the others need \"bench serve\" there.",
 		Subcommands: []*cli.Command{
-			benchConnectionsCommand(), benchRequestsCommand(), benchBulkCommand(), benchIdleCommand(),
+			benchConnectionsCommand(), benchRequestsCommand(), benchBulkCommand(), benchIdleCommand(), benchFloodCommand(),
 			benchServeCommand(),
 		},
 		OnUsageError: usageError,
@@ -69,6 +69,31 @@ func socketFlags() []cli.Flag {
 		&cli.StringSliceFlag{Name: "from", Usage: "local `ADDR`esses to connect from, in turn"},
 		&cli.StringFlag{Name: "close", Usage: "end connections by `fin|rst`", Value: "fin"},
 	}
+}
+
+// packetFlags are those of packets that are no sockets'.
+func packetFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "interface", Usage: "where packets leave and come: an Ethernet interface, `IFACE`"},
+		&cli.BoolFlag{Name: "xdp", Usage: "send and receive by XDP: for an interface that has it, with an MTU up to 2026"},
+	}
+}
+
+// sourcesFlag is where such packets come from.
+func sourcesFlag() cli.Flag {
+	return &cli.StringFlag{Name: "sources", Usage: "clients' addresses, `CIDR`: not this host's own, and routed to it"}
+}
+
+// benchPackets reads packetFlags and sourcesFlag.
+func benchPackets(c *cli.Context) (o bench.PacketOptions, err error) {
+	if c.String("interface") == "" || c.String("sources") == "" {
+		return o, cli.Exit("packets need --interface IFACE and --sources CIDR", exitUsage)
+	}
+	if o.Sources, err = netip.ParsePrefix(c.String("sources")); err != nil {
+		return o, cli.Exit("--sources: "+err.Error(), exitUsage)
+	}
+	o.Interface, o.XDP = c.String("interface"), c.Bool("xdp")
+	return o, nil
 }
 
 func resultFlags() []cli.Flag {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -61,7 +62,7 @@ func benchRun(c *cli.Context, warmup, duration time.Duration, run func(context.C
 			return cli.Exit(err.Error(), exitFailed)
 		}
 	}
-	if res.Successes == 0 {
+	if res.Successes == 0 && res.Kind != "flood" {
 		return cli.Exit("nothing succeeded", exitFailed)
 	}
 	return nil
@@ -80,8 +81,18 @@ func printBench(c *cli.Context, format string, res *bench.Result) error {
 
 func benchConnectionsCommand() *cli.Command {
 	return benchSubcommand("connections", "New connections: connect, hello, the first bytes of the answer, close",
-		slices.Concat(loadFlags(64), socketFlags()),
+		slices.Concat(loadFlags(64), socketFlags(), packetFlags(), []cli.Flag{
+			sourcesFlag(),
+			&cli.BoolFlag{Name: "packets", Usage: "be a TCP of its own and no sockets: cheaper by far, as root"},
+		}),
 		func(ctx context.Context, c *cli.Context, l bench.Load) (*bench.Result, error) {
+			if c.Bool("packets") {
+				o, err := benchPackets(c)
+				if err != nil {
+					return nil, err
+				}
+				return bench.Packets(ctx, l, o)
+			}
 			o, err := benchSockets(c)
 			if err != nil {
 				return nil, err
@@ -142,4 +153,35 @@ func benchIdleCommand() *cli.Command {
 				_, _ = fmt.Fprintln(c.App.ErrWriter, "holding", stand)
 			})
 		})
+}
+
+func benchFloodCommand() *cli.Command {
+	return &cli.Command{
+		Name: "flood", Usage: "Packets of no connection, to see what they do to real ones; as root", ArgsUsage: "TARGET",
+		Flags: slices.Concat(packetFlags(), []cli.Flag{
+			sourcesFlag(),
+			&cli.StringFlag{Name: "kind", Usage: "what they are, `KIND`: " + strings.Join(bench.FloodKinds, ", "), Value: "syn"},
+			&cli.Float64Flag{Name: "rate", Usage: "so many `PACKETS` a second; 0: as fast as it goes"},
+			&cli.DurationFlag{Name: "duration", Usage: "for `DUR`", Value: 10 * time.Second},
+		}, resultFlags()),
+		OnUsageError: usageError,
+		Action: func(c *cli.Context) error {
+			target, err := benchTarget(c)
+			if err != nil {
+				return err
+			}
+			p, err := benchPackets(c)
+			if err != nil {
+				return err
+			}
+			o := bench.FloodOptions{
+				Target: target, Interface: p.Interface, Sources: p.Sources, XDP: p.XDP,
+				Kind: c.String("kind"), Rate: c.Float64("rate"), Duration: c.Duration("duration"),
+			}
+			return benchRun(c, 0, o.Duration, func(ctx context.Context, progress func(bench.Second)) (*bench.Result, error) {
+				o.Progress = progress
+				return bench.Flood(ctx, o)
+			})
+		},
+	}
 }

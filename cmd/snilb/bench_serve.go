@@ -3,9 +3,11 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 
 	"github.com/urfave/cli/v2"
 
@@ -16,9 +18,10 @@ func benchServeCommand() *cli.Command {
 	return &cli.Command{
 		Name: "serve", Usage: "The server's part: answer hellos and requests",
 		ArgsUsage: "ADDR:PORT...",
-		Flags: []cli.Flag{
+		Flags: append([]cli.Flag{
 			&cli.IntFlag{Name: "reply", Usage: "`BYTES` of answer to a hello", Value: 1},
-		},
+			&cli.BoolFlag{Name: "packets", Usage: "be a TCP of its own and no sockets: cheaper by far, as root; answers hellos only"},
+		}, packetFlags()...),
 		OnUsageError: usageError,
 		Action:       benchServeAction,
 	}
@@ -31,6 +34,9 @@ func benchServeAction(c *cli.Context) error {
 	}
 	ctx, stop := benchContext(c)
 	defer stop()
+	if c.Bool("packets") {
+		return benchServePackets(ctx, c)
+	}
 	var listeners []net.Listener
 	var errs []error
 	for _, addr := range c.Args().Slice() {
@@ -49,6 +55,25 @@ func benchServeAction(c *cli.Context) error {
 	}
 	_, _ = fmt.Fprintln(c.App.ErrWriter, "ready")
 	if err := bench.Serve(ctx, c.Int("reply"), listeners...); err != nil {
+		return cli.Exit("bench serve: "+err.Error(), exitFailed)
+	}
+	return nil
+}
+
+func benchServePackets(ctx context.Context, c *cli.Context) error {
+	s := bench.PacketServer{Interface: c.String("interface"), Reply: c.Int("reply"), XDP: c.Bool("xdp")}
+	if s.Interface == "" {
+		return cli.Exit("packets need --interface IFACE", exitUsage)
+	}
+	for _, text := range c.Args().Slice() {
+		addr, err := netip.ParseAddrPort(text)
+		if err != nil {
+			return cli.Exit(fmt.Sprintf("%q is no ADDR:PORT", text), exitUsage)
+		}
+		s.Listen = append(s.Listen, addr)
+	}
+	s.Ready = func() { _, _ = fmt.Fprintln(c.App.ErrWriter, "ready") }
+	if err := bench.ServePackets(ctx, s); err != nil {
 		return cli.Exit("bench serve: "+err.Error(), exitFailed)
 	}
 	return nil

@@ -48,7 +48,7 @@ func Flood(ctx context.Context, o FloodOptions) (*Result, error) {
 	}
 	defer way.close()
 	rec, clock := newRecorder(), newClock()
-	f := &flood{way: way, target: o.Target, rate: o.Rate, shape: shape, tally: rec.part()}
+	f := &flood{way: way, target: o.Target, rate: o.Rate, shape: shape, tally: rec.part(0)}
 	return measure(ctx, rec, 0, o.Duration, o.Progress,
 		func(stop *atomic.Bool) error { return f.run(clock, stop) },
 		func() *Result {

@@ -48,7 +48,7 @@ func Packets(ctx context.Context, l Load, o PacketOptions) (*Result, error) {
 	}
 	defer way.close()
 	rec, clock := newRecorder(), newClock()
-	c, err := newClient(&l, way.sources, way.mss, way.hop, way.line, rec.part(), clock.now())
+	c, err := newClient(&l, way.sources, way.mss, way.hop, way.line, rec.part(0), clock.now())
 	if err != nil {
 		return nil, err
 	}
@@ -162,7 +162,7 @@ func measure(ctx context.Context, rec *recorder, warmup, duration time.Duration,
 	var stop atomic.Bool
 	results := make(chan *Result, 1)
 	go func() {
-		pause(ctx, warmup)
+		sleepUntil(ctx, time.Now().Add(warmup))
 		if warmup > 0 {
 			rec.reset()
 		}
@@ -171,7 +171,7 @@ func measure(ctx context.Context, rec *recorder, warmup, duration time.Duration,
 			rec.watch(done, progress)
 			close(watched)
 		}()
-		pause(ctx, duration)
+		sleepUntil(ctx, time.Now().Add(duration))
 		close(done)
 		<-watched
 		results <- result()
@@ -180,16 +180,6 @@ func measure(ctx context.Context, rec *recorder, warmup, duration time.Duration,
 	err := run(&stop)
 	cancel() // for a generator that failed
 	return <-results, err
-}
-
-// pause waits for a time, less if the context ends.
-func pause(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
-	}
 }
 
 // PacketServer answers hellos by packets of its own.
@@ -204,6 +194,8 @@ type PacketServer struct {
 	Reply int
 	// XDP is that of PacketOptions.
 	XDP bool
+	// Ready is called once it serves. Optional.
+	Ready func()
 }
 
 const (
@@ -241,6 +233,9 @@ func ServePackets(ctx context.Context, s PacketServer) error {
 		return err
 	}
 	defer closeLine()
+	if s.Ready != nil {
+		s.Ready()
+	}
 	clock := newClock()
 	v := newServer(listen, answer(s.Reply), mss, line, [2]uint64{rand.Uint64(), rand.Uint64() | 1}, clock.now())
 	return v.run(ctx, clock)

@@ -75,7 +75,7 @@ func eachFamily(t *testing.T, fn func(t *testing.T, l Load, sources netip.Prefix
 	}
 }
 
-func testHellos(t *testing.T, o HelloOptions) *Hellos {
+func packetHellos(t *testing.T, o HelloOptions) *Hellos {
 	t.Helper()
 	if o.Layout == "" {
 		o.Layout = "go-classic"
@@ -101,7 +101,7 @@ type table struct {
 func newTable(t *testing.T, l Load, sources netip.Prefix, reply int) *table {
 	t.Helper()
 	if l.Hellos == nil {
-		l.Hellos = testHellos(t, HelloOptions{})
+		l.Hellos = packetHellos(t, HelloOptions{})
 	}
 	p, err := newPairs(sources)
 	if err != nil {
@@ -110,7 +110,7 @@ func newTable(t *testing.T, l Load, sources netip.Prefix, reply int) *table {
 	b := &table{t: t, now: epoch, cend: &fakeLine{t: t}, send: &fakeLine{t: t}, rec: newRecorder()}
 	b.cend.to, b.send.to = b.send.deliver, b.cend.deliver
 	mss := 1440
-	if b.client, err = newClient(&l, p, mss, hop{}, b.cend, b.rec.part(), epoch); err != nil {
+	if b.client, err = newClient(&l, p, mss, hop{}, b.cend, b.rec.part(0), epoch); err != nil {
 		t.Fatal(err)
 	}
 	b.server = newServer([]netip.AddrPort{l.Target}, answer(reply), mss, b.send, [2]uint64{1, 0x9e3779b97f4a7c15}, epoch)
@@ -170,7 +170,7 @@ func TestPacketConnections(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
-				l.Hellos, l.Reply = testHellos(t, c.hello), c.reply
+				l.Hellos, l.Reply = packetHellos(t, c.hello), c.reply
 				b := newTable(t, l, sources, c.reply)
 				longest := 0
 				b.cend.to = func(frame []byte) {
@@ -201,7 +201,7 @@ func TestPacketConnections(t *testing.T) {
 // TestPacketLoss loses, doubles and reorders in both directions: no attempt may fail of it.
 func TestPacketLoss(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
-		l.Hellos, l.Reply = testHellos(t, HelloOptions{Layout: "go", SegmentBytes: 400}), 5000
+		l.Hellos, l.Reply = packetHellos(t, HelloOptions{Layout: "go", SegmentBytes: 400}), 5000
 		b := newTable(t, l, sources, 5000)
 		random := rand.New(rand.NewPCG(1, 2))
 		bad := func(to *fakeLine) func([]byte) {
@@ -503,7 +503,7 @@ func TestPacketStateless(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
 		b := newTable(t, l, sources, 1)
 		p, _ := newPairs(sources)
-		hello, _ := testHellos(t, HelloOptions{}).of(0)
+		hello, _ := packetHellos(t, HelloOptions{}).of(0)
 		var cookie uint32
 		b.send.to = func(frame []byte) {
 			if s := segment(t, frame); s.Has(packet.SYN) && cookie == 0 {
@@ -668,7 +668,7 @@ func TestPacketNoHello(t *testing.T) {
 
 func TestHelloReader(t *testing.T) {
 	for _, records := range []int{0, 1, 3, 100} {
-		hello, err := testHellos(t, HelloOptions{RecordBytes: records}).of(0)
+		hello, err := packetHellos(t, HelloOptions{RecordBytes: records}).of(0)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -28,7 +28,7 @@ func Serve(ctx context.Context, reply int, listeners ...net.Listener) error {
 	if reply < 1 || reply > 1<<30 {
 		return fmt.Errorf("a reply of %d bytes: between 1 and 1 GiB", reply)
 	}
-	s, err := newServer(reply)
+	s, err := newSocketServer(reply)
 	if err != nil {
 		return err
 	}
@@ -48,7 +48,7 @@ func Serve(ctx context.Context, reply int, listeners ...net.Listener) error {
 	return errors.Join(errs...)
 }
 
-type server struct {
+type socketServer struct {
 	reply []byte   // to a hello
 	zeros *os.File // what answers consist of
 	path  string   // of zeros, to open it once more
@@ -57,19 +57,19 @@ type server struct {
 // zerosBytes is the size of the file that answers are sent from, over and over.
 const zerosBytes = 1 << 20
 
-func newServer(reply int) (*server, error) {
+func newSocketServer(reply int) (*socketServer, error) {
 	fd, err := unix.MemfdCreate("answers", unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("a file in memory for the answers: %w", err)
 	}
-	s := &server{
+	s := &socketServer{
 		reply: make([]byte, reply), zeros: os.NewFile(uintptr(fd), "answers"),
 		path: "/proc/self/fd/" + strconv.Itoa(fd),
 	}
 	return s, s.zeros.Truncate(zerosBytes)
 }
 
-func (s *server) accept(ctx context.Context, l net.Listener) error {
+func (s *socketServer) accept(ctx context.Context, l net.Listener) error {
 	for {
 		conn, err := l.Accept()
 		switch {
@@ -86,7 +86,7 @@ func (s *server) accept(ctx context.Context, l net.Listener) error {
 }
 
 // serve answers one connection. What goes wrong is the client's to count.
-func (s *server) serve(ctx context.Context, conn net.Conn) {
+func (s *socketServer) serve(ctx context.Context, conn net.Conn) {
 	defer func() { _ = conn.Close() }()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
@@ -161,7 +161,7 @@ func readRequest(r *bufio.Reader) (wanted uint64, err error) {
 }
 
 // answer sends so many bytes: few by one write, many from a file, which the kernel sends without copying.
-func (s *server) answer(conn net.Conn, wanted uint64) error {
+func (s *socketServer) answer(conn net.Conn, wanted uint64) error {
 	const few = 64 << 10
 	if wanted <= few {
 		_, err := conn.Write(fewZeros[:wanted])
