@@ -104,13 +104,17 @@ func newRecorder() *recorder {
 	return &recorder{total: newTally(), began: now, last: now}
 }
 
-// part returns a tally for one more goroutine.
-func (r *recorder) part() *tally {
-	t := newTally()
+// shards is how many tallies goroutines share at most: a histogram is large, and there may be a million of them.
+const shards = 16
+
+// part returns the tally for the goroutine of that number.
+func (r *recorder) part(number int) *tally {
 	r.mu.Lock()
-	r.parts = append(r.parts, t)
-	r.mu.Unlock()
-	return t
+	defer r.mu.Unlock()
+	if len(r.parts) < shards && number >= len(r.parts) {
+		r.parts = append(r.parts, newTally())
+	}
+	return r.parts[number%len(r.parts)]
 }
 
 // gather moves the parts' counts to the total and returns what this interval brought. Not for two goroutines at once.
