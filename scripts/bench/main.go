@@ -162,7 +162,7 @@ func measure(ctx context.Context, o options) (*results, error) {
 	for _, c := range list {
 		r.Contenders = append(r.Contenders, entrant{c.Name, c.Title, c.ByName, c.says()})
 	}
-	t := &tournament{results: r, list: list, snilb: snilb}
+	t := &tournament{results: r, list: list, snilb: snilb, short: o.short}
 	return r, t.run(ctx)
 }
 
@@ -189,6 +189,7 @@ type tournament struct {
 	results *results
 	list    []contender
 	snilb   string
+	short   bool // speed does not matter
 }
 
 func (t *tournament) run(ctx context.Context) error {
@@ -221,7 +222,11 @@ func (t *tournament) turn(ctx context.Context, round int, c contender) error {
 			return err
 		}
 		rec.Round = round
-		if err := rec.whole(); err != nil {
+		err = rec.whole()
+		if !t.short {
+			err = errors.Join(err, rec.keptUp())
+		}
+		if err != nil {
 			progress("%v", err)
 			t.results.Incomplete = append(t.results.Incomplete, incident{round, err.Error()})
 		}

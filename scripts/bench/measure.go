@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"snilb/userspace/bench"
@@ -36,7 +37,7 @@ type settings struct {
 // full is what `make bench` measures, short what the test takes.
 var (
 	full = settings{
-		Rounds: 5, Concurrency: 32, Warmup: 500 * time.Millisecond, Duration: 3 * time.Second, BulkBytes: 3 << 30, RequestBytes: 1000,
+		Rounds: 5, Concurrency: 256, Warmup: 500 * time.Millisecond, Duration: 3 * time.Second, BulkBytes: 3 << 30, RequestBytes: 1000,
 		IdleConns: 10000, IdleSettle: time.Second, CalmRate: 200, FloodRate: 60000, FloodLead: 5 * time.Second, Generator: "sockets",
 	}
 	short = settings{
@@ -118,7 +119,14 @@ func (s *site) times(d, timeout time.Duration) []string {
 	return []string{"--warmup", s.set.Warmup.String(), "--duration", d.String(), "--timeout", timeout.String()}
 }
 
-func (s *site) hello() []string { return []string{"--sni", "a.example.com", "--layout", "go-classic"} }
+// client are the arguments that say who connects and with what hello.
+func (s *site) client() []string {
+	var from []string
+	for _, a := range s.bed.Clients4 {
+		from = append(from, a.String())
+	}
+	return []string{"--from", strings.Join(from, ","), "--sni", "a.example.com", "--layout", "go-classic"}
+}
 
 // connections opens connections, at a rate or, for 0, one after the other.
 func (s *site) connections(ctx context.Context, rate float64, d, timeout time.Duration) (*phase, error) {
@@ -126,20 +134,20 @@ func (s *site) connections(ctx context.Context, rate float64, d, timeout time.Du
 	if rate > 0 {
 		concurrency = 256 // what is late in an open loop is late because of the contender
 	}
-	args := append(s.hello(), s.times(d, timeout)...)
+	args := append(s.client(), s.times(d, timeout)...)
 	args = append(args, "--rate", fmt.Sprint(rate), "--concurrency", fmt.Sprint(concurrency), "--reply", "1")
 	return s.load(ctx, "connections", append(args, s.generator()...)...)
 }
 
 // requests asks for answers on connections that stay open.
 func (s *site) requests(ctx context.Context, rate float64) (*phase, error) {
-	args := append(s.hello(), s.times(s.set.Duration, patience)...)
+	args := append(s.client(), s.times(s.set.Duration, patience)...)
 	return s.load(ctx, "requests", append(args, "--rate", fmt.Sprint(rate), "--concurrency", fmt.Sprint(s.set.Concurrency),
 		"--size", fmt.Sprint(s.set.RequestBytes))...)
 }
 
 func (s *site) bulk(ctx context.Context) (*phase, error) {
-	args := append(s.hello(), "--concurrency", "1", "--size", fmt.Sprint(s.set.BulkBytes), "--duration", "2m")
+	args := append(s.client(), "--concurrency", "1", "--size", fmt.Sprint(s.set.BulkBytes), "--duration", "2m")
 	p, err := s.load(ctx, "bulk", args...)
 	if err == nil && p.Bytes != uint64(s.set.BulkBytes) {
 		err = fmt.Errorf("%d bytes of %d came", p.Bytes, s.set.BulkBytes)
@@ -154,7 +162,7 @@ func (s *site) idle(ctx context.Context) (i idle, err error) {
 		return i, err
 	}
 	count, hold := fmt.Sprint(s.set.IdleConns), 2*s.set.IdleSettle+500*time.Millisecond
-	cmd := s.tool(ctx, "idle", append(s.hello(), "--concurrency", count, "--hold", hold.String())...)
+	cmd := s.tool(ctx, "idle", append(s.client(), "--concurrency", count, "--hold", hold.String())...)
 	var out bytes.Buffer
 	cmd.Stdout = &out
 	p, err := startProcess("snilb bench idle", cmd)
@@ -226,6 +234,17 @@ func (r *record) whole() error {
 	} {
 		if err := complete(p.Result); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %s: %w", r.Contender, p.what, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// keptUp says whether the fixed rates were reached: otherwise the CPU of less work is compared with that of more.
+func (r *record) keptUp() error {
+	var errs []error
+	for what, p := range map[string]*phase{"requests": r.RequestsAt, "connections": r.ConnectionsAt} {
+		if p.Rate < 0.97*p.Offered {
+			errs = append(errs, fmt.Errorf("%s: %.0f %s a second of %.0f", r.Contender, p.Rate, what, p.Offered))
 		}
 	}
 	return errors.Join(errs...)

@@ -27,6 +27,10 @@ const readyLimit = 20 * time.Second
 // floodSources are what a flood pretends to come from: the network of RFC 2544, for benchmarks.
 var floodSources = netip.MustParsePrefix("198.18.0.0/15")
 
+// clientAddresses is how many addresses the clients have, that is how many times 64,000 ports. With one alone a port would be
+// used again within seconds, which no balancer on the Internet sees, and of which SYNPROXY makes stalled connections.
+const clientAddresses = 60
+
 // site is one contender at work: namespaces of its own, the server of the load tool in the backends', the contender in the
 // load balancer's. Each measurement of a contender gets a new site. So nobody pays for what another has left, be it sockets
 // in TIME_WAIT, entries and hooks of conntrack or an idle daemon, and all is gone when the namespaces are.
@@ -56,7 +60,7 @@ func newSite(ctx context.Context, set *settings, snilb string, c contender) (_ *
 		return nil, err
 	}
 	opts := c.bed
-	opts.Forward = true
+	opts.Forward, opts.Clients = true, clientAddresses
 	if s.bed, err = testbed.New(opts); err != nil {
 		return nil, err
 	}
@@ -79,7 +83,7 @@ func newSite(ctx context.Context, set *settings, snilb string, c contender) (_ *
 // tune sets what is the same for all contenders.
 func (s *site) tune() error {
 	for _, ns := range []*testbed.NS{s.bed.Client, s.bed.LB, s.bed.Backend} {
-		// One address a side has few ports for thousands of connections a second that each block one for a minute.
+		// A proxy's one address has few ports for thousands of connections a second that each block one for a minute.
 		if err := ns.Sysctl("ipv4/tcp_tw_reuse", "1"); err != nil {
 			return err
 		}
