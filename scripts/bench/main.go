@@ -69,11 +69,13 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	fmt.Print(r.markdown())
-	if o.short {
-		if len(r.Incomplete) > 0 {
-			return errors.New("something failed, see above")
-		}
+	switch {
+	case o.short && len(r.Incomplete) > 0:
+		return errors.New("something failed, see above")
+	case o.short:
 		return nil
+	case len(r.Records) == 0:
+		return errors.New("nothing could be measured")
 	}
 	if err := r.write(o.out); err != nil {
 		return err
@@ -214,29 +216,30 @@ func (t *tournament) run(ctx context.Context) error {
 	return nil
 }
 
-// turn measures one contender in one round.
+// turn measures one contender in one round. What goes wrong is noted: it must not cost the others their figures.
 func (t *tournament) turn(ctx context.Context, round int, c contender) error {
-	return t.with(ctx, c, func(s *site) error {
+	err := t.with(ctx, c, func(s *site) error {
 		rec, err := s.all(ctx)
 		if err != nil {
 			return err
 		}
 		rec.Round = round
-		err = rec.whole()
-		if !t.short {
-			err = errors.Join(err, rec.keptUp())
-		}
-		if err != nil {
-			progress("%v", err)
-			t.results.Incomplete = append(t.results.Incomplete, incident{round, err.Error()})
-		}
 		rec.trim()
 		t.results.Records = append(t.results.Records, rec)
 		progress("round %d, %-12s %5.0f connections/s, %.0f µs CPU at %.0f/s; %.2f GB/s; %6.0f requests/s; %.0f %% served in the flood",
 			round, c.Name, rec.Connections.Rate, rec.connectionCPU()*1e6, t.results.Settings.ConnectionRate,
 			gigabytes(rec.Bulk)/rec.Bulk.Seconds, rec.Requests.Rate, rec.Flooded.served())
-		return nil
+		if err := rec.whole(); err != nil || t.short {
+			return err
+		}
+		return rec.keptUp()
 	})
+	if err == nil || ctx.Err() != nil {
+		return ctx.Err()
+	}
+	progress("%v", err)
+	t.results.Incomplete = append(t.results.Incomplete, incident{round, err.Error()})
+	return nil
 }
 
 // with runs do in a new site, and then waits until what the kernel takes down behind our back is down.
@@ -269,7 +272,7 @@ func (t *tournament) chooseRates(ctx context.Context) error {
 	connections, requests := math.Inf(1), math.Inf(1)
 	for _, c := range t.list {
 		err := t.with(ctx, c, func(s *site) error {
-			conns, err := s.connections(ctx, 0, time.Second, patience)
+			conns, err := s.connections(ctx, 0, time.Second, t.results.Settings.Patience)
 			if err != nil {
 				return err
 			}

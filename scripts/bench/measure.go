@@ -22,14 +22,18 @@ type settings struct {
 	RequestRate    float64       `json:"requests_per_second"`
 	Warmup         time.Duration `json:"warmup_ns"`
 	Duration       time.Duration `json:"duration_ns"`
-	BulkBytes      int64         `json:"bulk_bytes"`
-	RequestBytes   int64         `json:"request_bytes"`
-	IdleConns      int           `json:"idle_connections"`
-	IdleSettle     time.Duration `json:"idle_settle_ns"`
-	CalmRate       float64       `json:"flood_clients_per_second"`
-	FloodRate      float64       `json:"flood_syns_per_second"`
-	FloodLead      time.Duration `json:"flood_lead_ns"`
-	Generator      string        `json:"generator"`
+	// Patience is what a client waits for a connection or an answer. FloodPatience, in a flood, is less than a measurement
+	// takes, or none would be seen to fail.
+	Patience      time.Duration `json:"patience_ns"`
+	FloodPatience time.Duration `json:"flood_patience_ns"`
+	BulkBytes     int64         `json:"bulk_bytes"`
+	RequestBytes  int64         `json:"request_bytes"`
+	IdleConns     int           `json:"idle_connections"`
+	IdleSettle    time.Duration `json:"idle_settle_ns"`
+	CalmRate      float64       `json:"flood_clients_per_second"`
+	FloodRate     float64       `json:"flood_syns_per_second"`
+	FloodLead     time.Duration `json:"flood_lead_ns"`
+	Generator     string        `json:"generator"`
 
 	files int // that a process may open
 }
@@ -37,11 +41,13 @@ type settings struct {
 // full is what `make bench` measures, short what the test takes.
 var (
 	full = settings{
-		Rounds: 5, Concurrency: 256, Warmup: 500 * time.Millisecond, Duration: 3 * time.Second, BulkBytes: 3 << 30, RequestBytes: 1000,
+		Rounds: 5, Concurrency: 256, Warmup: 500 * time.Millisecond, Duration: 2500 * time.Millisecond,
+		Patience: 3 * time.Second, FloodPatience: time.Second, BulkBytes: 2 << 30, RequestBytes: 1000,
 		IdleConns: 10000, IdleSettle: time.Second, CalmRate: 200, FloodRate: 60000, FloodLead: 5 * time.Second, Generator: "sockets",
 	}
 	short = settings{
 		Rounds: 1, Concurrency: 8, ConnectionRate: 200, RequestRate: 500, Warmup: 100 * time.Millisecond, Duration: 500 * time.Millisecond,
+		Patience: 10 * time.Second, FloodPatience: 10 * time.Second, // nobody need hurry
 		BulkBytes: 64 << 20, RequestBytes: 1000, IdleConns: 300, IdleSettle: 200 * time.Millisecond,
 		CalmRate: 50, FloodRate: 2000, FloodLead: 200 * time.Millisecond, Generator: "sockets",
 	}
@@ -92,13 +98,13 @@ func (s *site) all(ctx context.Context) (r record, err error) {
 		{"bulk", func() error { r.Bulk, err = s.bulk(ctx); return err }},
 		{"requests", func() error { r.Requests, err = s.requests(ctx, 0); return err }},
 		{"requests at a fixed rate", func() error { r.RequestsAt, err = s.requests(ctx, set.RequestRate); return err }},
-		{"connections", func() error { r.Connections, err = s.connections(ctx, 0, set.Duration, patience); return err }},
+		{"connections", func() error { r.Connections, err = s.connections(ctx, 0, set.Duration, set.Patience); return err }},
 		{"connections at a fixed rate", func() error {
-			r.ConnectionsAt, err = s.connections(ctx, set.ConnectionRate, set.Duration, patience)
+			r.ConnectionsAt, err = s.connections(ctx, set.ConnectionRate, set.Duration, set.Patience)
 			return err
 		}},
 		{"connections without a flood", func() error {
-			r.Calm, err = s.connections(ctx, set.CalmRate, set.Duration, floodPatience)
+			r.Calm, err = s.connections(ctx, set.CalmRate, set.Duration, set.FloodPatience)
 			return err
 		}},
 		{"flood", func() error { return s.flood(ctx, &r) }},
@@ -110,9 +116,6 @@ func (s *site) all(ctx context.Context) (r record, err error) {
 	}
 	return r, nil
 }
-
-// What a client waits for. In a flood it is less than a measurement takes, or none would be seen to fail.
-const patience, floodPatience = 3 * time.Second, time.Second
 
 // times are the arguments of a run that takes so long.
 func (s *site) times(d, timeout time.Duration) []string {
@@ -141,7 +144,7 @@ func (s *site) connections(ctx context.Context, rate float64, d, timeout time.Du
 
 // requests asks for answers on connections that stay open.
 func (s *site) requests(ctx context.Context, rate float64) (*phase, error) {
-	args := append(s.client(), s.times(s.set.Duration, patience)...)
+	args := append(s.client(), s.times(s.set.Duration, s.set.Patience)...)
 	return s.load(ctx, "requests", append(args, "--rate", fmt.Sprint(rate), "--concurrency", fmt.Sprint(s.set.Concurrency),
 		"--size", fmt.Sprint(s.set.RequestBytes))...)
 }
@@ -161,7 +164,7 @@ func (s *site) idle(ctx context.Context) (i idle, err error) {
 	if i.Started, err = s.memory(); err != nil {
 		return i, err
 	}
-	count, hold := fmt.Sprint(s.set.IdleConns), 2*s.set.IdleSettle+500*time.Millisecond
+	count, hold := fmt.Sprint(s.set.IdleConns), s.set.IdleSettle+time.Second
 	cmd := s.tool(ctx, "idle", append(s.client(), "--concurrency", count, "--hold", hold.String())...)
 	var out bytes.Buffer
 	cmd.Stdout = &out
@@ -195,7 +198,7 @@ func (s *site) flood(ctx context.Context, r *record) error {
 		return err
 	}
 	set := s.set
-	total := set.FloodLead + set.Warmup + set.Duration + time.Second
+	total := set.FloodLead + set.Warmup + set.Duration + 500*time.Millisecond
 	cmd := s.tool(ctx, "flood", "--interface", "eth0", "--sources", floodSources.String(), "--kind", "syn",
 		"--rate", fmt.Sprint(set.FloodRate), "--duration", total.String())
 	var out bytes.Buffer
@@ -208,7 +211,7 @@ func (s *site) flood(ctx context.Context, r *record) error {
 	case <-ctx.Done():
 	case <-time.After(set.FloodLead):
 	}
-	if r.Flooded, err = s.connections(ctx, set.CalmRate, set.Duration, floodPatience); err != nil {
+	if r.Flooded, err = s.connections(ctx, set.CalmRate, set.Duration, set.FloodPatience); err != nil {
 		return errors.Join(err, p.kill())
 	}
 	after, err := s.memory()

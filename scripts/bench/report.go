@@ -88,7 +88,7 @@ func (r *results) markdown() string {
 		"beyond that of the plainly routed ones, for clients and backends have sockets in every case; of the processes' pages that "+
 		"are shared each counts once.", set.IdleConns), memoryMetrics)
 	section("SYN flood", fmt.Sprintf("%.0f clients a second, without and with %.0f SYNs a second from made-up addresses that "+
-		"began %s before. Served is who has the answer within %s.", set.CalmRate, set.FloodRate, set.FloodLead, floodPatience), floodMetrics)
+		"began %s before. Served is who has the answer within %s.", set.CalmRate, set.FloodRate, set.FloodLead, set.FloodPatience), floodMetrics)
 	if len(r.Incomplete) > 0 {
 		b.WriteString("\n## What failed\n\n")
 		for _, i := range r.Incomplete {

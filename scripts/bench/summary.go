@@ -157,22 +157,23 @@ func number(format string, v float64) string {
 	return text
 }
 
-// values are a metric's of one contender, one a round.
+// values are a metric's of one contender, one a round that the floor has finished.
 func (r *results) values(m metric, contender string) []float64 {
 	var out []float64
 	for i := range r.Records {
 		rec := &r.Records[i]
-		if rec.Contender != contender {
+		plain := r.floorOf(rec.Round)
+		if rec.Contender != contender || plain == nil {
 			continue
 		}
-		if v, ok := m.of(rec, r.floorOf(rec.Round)); ok {
+		if v, ok := m.of(rec, plain); ok {
 			out = append(out, v)
 		}
 	}
 	return out
 }
 
-// floorOf is the plainly routed record of a round.
+// floorOf is the plainly routed record of a round, if there is one.
 func (r *results) floorOf(round int) *record {
 	for i := range r.Records {
 		if r.Records[i].Contender == floor && r.Records[i].Round == round {
