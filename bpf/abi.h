@@ -117,7 +117,7 @@ struct nexthop {
 	__be32 gateway[4];
 };
 
-/* Bits 27 to 30 of flow.control. FLOW_PENDING is there from the start or never; the
+/* Bits 27 to 31 of flow.control. FLOW_PENDING is there from the start or never; the
  * others are only ever set, by atomic or.
  */
 enum flow_state {
@@ -125,6 +125,7 @@ enum flow_state {
 	FLOW_RST = 1 << 28,	  /* this side sent a RST */
 	FLOW_CONFIRMED = 1 << 29, /* this side acknowledged something new */
 	FLOW_PENDING = 1 << 30,	  /* no flow yet: its packets go to the worker */
+	FLOW_SYN = 1U << 31,	  /* this side sent a SYN: a RST at 0 may answer it */
 };
 
 #define FLOW_NEXTHOP_MASK 0xffff

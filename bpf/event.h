@@ -80,11 +80,10 @@ static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pk
 /* An ICMP error with the headers of the packet it quotes. */
 #define EVENT_ICMP_ERROR   (sizeof(struct ipv6hdr) + 8 + EVENT_HEADERS_ONLY)
 
-/* Events that a stranger could cause at will are rationed, a second and CPU. */
-static __always_inline bool event_is_allowed(__u64 now)
+/* Events that a stranger could cause at will are rationed, a kind, second and CPU. */
+static __always_inline bool event_is_allowed(__u32 kind, __u64 now)
 {
-	__u32 zero = 0;
-	struct allowance *a = bpf_map_lookup_elem(&allowance, &zero);
+	struct allowance *a = bpf_map_lookup_elem(&allowance, &kind);
 
 	if (!a)
 		return false;

@@ -91,7 +91,7 @@ static __noinline int icmp(struct __sk_buff *skb, struct packet *pkt, __u32 leg)
 		worker = port_worker(pkt->dport);
 	else
 		return pass(REASON_NOT_TCP);
-	if (!event_is_allowed(bpf_ktime_get_coarse_ns()))
+	if (!event_is_allowed(what.kind, bpf_ktime_get_coarse_ns()))
 		return drop(REASON_ICMP_LIMITED);
 	if (!event_send(skb, pkt, what, worker, EVENT_ICMP_ERROR))
 		return drop(REASON_EVENT_LOST);

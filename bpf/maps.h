@@ -93,7 +93,9 @@ struct {
 } scratch SEC(".maps");
 
 /* Resets for unknown connections, ICMP errors and packets to be cut: at most this
- * many events a second and CPU.
+ * many events of each kind a second and CPU. Each has its own, by enum event_kind:
+ * packets of no connection cost a stranger nothing, and must not silence the errors
+ * that path MTU discovery lives by.
  */
 #define EVENTS_PER_SECOND 2000
 
@@ -104,7 +106,7 @@ struct allowance {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, EVENT_LEN);
 	__type(key, __u32);
 	__type(value, struct allowance);
 } allowance SEC(".maps");

@@ -122,7 +122,7 @@ static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *p
 	/* A RST is never answered with one (RFC 9293 3.10.7.1). */
 	if (listener->unknown_flow == UNKNOWN_FLOW_DROP || pkt->flags & TCP_RST)
 		return drop(REASON_UNKNOWN_DROP);
-	if (!event_is_allowed(bpf_ktime_get_coarse_ns()))
+	if (!event_is_allowed(what.kind, bpf_ktime_get_coarse_ns()))
 		return drop(REASON_UNKNOWN_LIMITED);
 	if (!event_send(skb, pkt, what, bpf_get_smp_processor_id() % workers, EVENT_HEADERS_ONLY))
 		return drop(REASON_EVENT_LOST);

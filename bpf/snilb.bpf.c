@@ -46,8 +46,11 @@ int snilb_client(struct __sk_buff *skb)
 
 	if (!flow_find(&pkt, LEG_CLIENT, &b))
 		return offer(skb, &pkt, false);
-	if (pkt.flags & TCP_SYN && flow_is_closing(&b, LEG_CLIENT))
-		return offer(skb, &pkt, true);
+	if (pkt.flags & TCP_SYN) {
+		if (flow_is_closing(&b, LEG_CLIENT))
+			return offer(skb, &pkt, true);
+		flow_mark(b.flow, FLOW_SYN);
+	}
 	return flow_forward(skb, &pkt, &b, LEG_CLIENT);
 }
 

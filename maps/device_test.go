@@ -270,7 +270,7 @@ func (r *rig) throughDevice(w wires, f family, s segment, raw bool) {
 		packets = (len(s.payload) + mss - 1) / mss
 	}
 	r.send(w.client, h, frame, bpfReasonREASON_FORWARDED)
-	r.sameEntry(r.entry(f, LegClient), accounted(e, s, packets))
+	r.sameEntry(r.entry(f, LegClient), accounted(e, nil, s, packets))
 
 	if raw || packets == 1 {
 		got, out := r.receive(w.backend)

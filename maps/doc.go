@@ -22,7 +22,8 @@
 //	                                                                   reader a ring     counted; TCP repeats it
 //	counters        slot -> packets by reason,   kernel programs       daemon            interfaces share the last
 //	                per CPU                                                              slot
-//	scratch, allowance: one CPU's working memory of the programs
+//	scratch, allowance: one CPU's working memory of the programs; the allowance of
+//	                each kind of rationed event is its own
 //
 // A flow entry is self-contained: it outlives its backend in the configuration,
 // the daemon, and a change of programs.

@@ -5,6 +5,7 @@ package maps
 import (
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -35,11 +36,129 @@ func TestFlowCloses(t *testing.T) {
 			{LegClient, rst | fin, FlowFIN | FlowRST},
 			{LegBackend, fin | rst, FlowFIN | FlowRST},
 		} {
-			r.expectForward(f, step.leg, f.legSegment(step.leg, step.flags), skbuff{})
+			s := f.legSegment(step.leg, step.flags)
+			s.ack = lastAck
+			r.expectForward(f, step.leg, s, skbuff{})
 			if e := r.entry(f, step.leg); e.Flow.Control&(FlowFIN|FlowRST) != step.state {
 				t.Errorf("state is %#x after %+v", e.Flow.Control, step)
 			}
 		}
+	})
+}
+
+// endNumbers are where a FIN or RST may stand and where not, counted from the last ACK of the other side.
+var endNumbers = []struct {
+	bytes    uint64 // sent before
+	ahead    uint32
+	believed bool
+}{
+	{0, 0, true},
+	{0, ^uint32(0), true}, // the number of the FIN before it
+	{0, ^uint32(1), false},
+	{0, 64 << 10, true},
+	{0, 64<<10 + 1, false},
+	{1000, 1000, true},
+	{1000, 1000 + 64<<10, true},
+	{1000, 1000 + 64<<10 + 1, false},
+	{16 << 20, 16<<20 + 64<<10, true},
+	{16 << 20, 16<<20 + 64<<10 + 1, false},
+	{16<<20 + 1, 16<<20 + 64<<10, true},
+	{1 << 40, 1<<31 - 1, false},
+	{1 << 40, 1 << 31, false},
+	{1 << 40, 1<<32 - 16<<20, false},
+}
+
+// A FIN or RST at a number that its receiver cannot be at is forwarded, and changes nothing here: anybody can forge one.
+func TestFlowEndNumbers(t *testing.T) {
+	r := newFlowRig(t, settings{workers: 3})
+	bothLegs(t, func(t *testing.T, f family, leg Leg) {
+		for _, c := range endNumbers {
+			for _, flags := range []uint16{rst, rst | ack, fin | ack, fin | rst} {
+				for _, data := range []int{0, 999} {
+					if c.bytes < uint64(data) {
+						continue // they count as well
+					}
+					t.Run(fmt.Sprint(c, flags, data), func(t *testing.T) {
+						r := r.with(t)
+						s := f.legSegment(leg, flags)
+						s.payload = make([]byte, data)
+						r.bind(f, leg, func(e *Entry) { e.Flow.Bytes = c.bytes - uint64(data) })
+						r.bind(f, 1-leg, func(e *Entry) { e.Flow.LastAck = s.seq + uint32(data) + e.Flow.Seq - c.ahead })
+						r.expectForward(f, leg, s, skbuff{})
+						if e := r.entry(f, leg); (e.Flow.Control&(FlowFIN|FlowRST) != 0) != c.believed {
+							t.Errorf("state is %#x", e.Flow.Control)
+						}
+					})
+				}
+			}
+		}
+	})
+}
+
+// A RST this far ahead is repeated, a FIN is not: up to the largest window there is.
+func TestFlowEndFarAhead(t *testing.T) {
+	r := newFlowRig(t, settings{})
+	bothLegs(t, func(t *testing.T, f family, leg Leg) {
+		for _, c := range []struct {
+			flags    uint16
+			ahead    uint32
+			believed bool
+		}{
+			{rst, 16<<20 + 64<<10, true},
+			{rst, 16<<20 + 64<<10 + 1, false},
+			{rst | fin, 16<<20 + 64<<10 + 1, false},
+			{fin | ack, 16<<20 + 64<<10 + 1, true},
+			{fin | ack, 1<<30 + 64<<10, true},
+			{fin | ack, 1<<30 + 64<<10 + 1, false},
+		} {
+			t.Run(fmt.Sprint(c), func(t *testing.T) {
+				r := r.with(t)
+				r.bind(f, leg, func(e *Entry) { e.Flow.Bytes = 1 << 40 })
+				r.bind(f, 1-leg, func(e *Entry) { e.Flow.LastAck -= c.ahead })
+				r.expectForward(f, leg, f.legSegment(leg, c.flags), skbuff{})
+				if e := r.entry(f, leg); (e.Flow.Control&(FlowFIN|FlowRST) != 0) != c.believed {
+					t.Errorf("state is %#x", e.Flow.Control)
+				}
+			})
+		}
+	})
+}
+
+// A forged RST, and a SYN behind it: the flow lives, and the SYN is the backend's to answer.
+func TestFlowForgedReset(t *testing.T) {
+	r := newFlowRig(t, settings{})
+	bothLegs(t, func(t *testing.T, f family, leg Leg) {
+		r := r.with(t)
+		r.bind(f, LegClient, nil)
+		r.bind(f, LegBackend, nil)
+		for _, number := range []uint32{1, 1 << 20, 0x11223344 - 2, 0x11223344 + 1<<20, 1 << 31, ^uint32(0)} {
+			s := f.legSegment(leg, rst)
+			s.seq = number
+			r.expectForward(f, leg, s, skbuff{})
+			r.expectForward(f, LegClient, f.clientSegment(syn), skbuff{})
+		}
+		r.expectForward(f, leg, f.legSegment(leg, rst), skbuff{})
+		r.expectAnswer(f.clientSegment(syn))
+	})
+}
+
+// A backend that knows nothing of the connection any more, and has no listener, answers a client's SYN by a RST at 0.
+func TestFlowResetOfSYN(t *testing.T) {
+	r := newFlowRig(t, settings{})
+	bothFamilies(t, func(t *testing.T, f family) {
+		r := r.with(t)
+		r.bind(f, LegClient, nil)
+		r.bind(f, LegBackend, nil)
+		s := f.backendSegment(rst | ack)
+		s.seq = 0
+		r.expectForward(f, LegBackend, s, skbuff{}) // nobody asked for it
+		r.expectForward(f, LegClient, f.clientSegment(syn), skbuff{})
+		s.seq = 1
+		r.expectForward(f, LegBackend, s, skbuff{})
+		r.expectForward(f, LegClient, f.clientSegment(syn), skbuff{})
+		s.seq = 0
+		r.expectForward(f, LegBackend, s, skbuff{})
+		r.expectAnswer(f.clientSegment(syn))
 	})
 }
 
@@ -131,7 +250,8 @@ func TestFlowSynAckRepeated(t *testing.T) {
 	})
 }
 
-// The last ACK is the newest one: one that was overtaken on the way says nothing, and neither does a RST's.
+// The last ACK is the newest one: one that was overtaken on the way says nothing, and neither does a RST's. One further
+// back than that is of a side that began anew, or repairs what a forged one did.
 func TestFlowLastAck(t *testing.T) {
 	r := newFlowRig(t, settings{})
 	bothFamilies(t, func(t *testing.T, f family) {
@@ -147,6 +267,11 @@ func TestFlowLastAck(t *testing.T) {
 			{ack, 0xfffffff8, 0x10},
 			{ack | rst, 0x2000, 0x10},
 			{ack | fin, 0x11, 0x11},
+			{ack, 0xff000011, 0x11},
+			{ack, 0xff000010, 0xff000010},
+			{ack, 0x11, 0x11},
+			{ack, 0x11 + 1<<31, 0x11 + 1<<31},
+			{rst, 1, 0x11 + 1<<31},
 		} {
 			s := f.legSegment(LegClient, step.flags)
 			s.ack = step.ack

@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 )
@@ -50,11 +52,15 @@ func (r *rig) hop(mtu uint16) {
 	must(r, r.tables.Nexthops.Put(uint32(nexthopIndex), &Nexthop{Ifindex: 1, Mtu: mtu}))
 }
 
+// lastAck is where the other side's segments stand, on this one's leg.
+const lastAck = 0x11223344 + 0x10203040
+
 // entry is one direction with offsets that are easy to tell apart.
 func (f family) entry(leg Leg) Entry {
 	return Entry{
 		Flow: Flow{
 			Seq: 0x10203040, Ack: 0xf0e0d0c0, Tsval: 0x01010101, Tsecr: 0xfefefeff,
+			LastAck: lastAck,
 			Control: FlowControl(nexthopIndex, 0, 0), Generation: 0x1234, Id: 0x5678,
 		},
 		To: f.to(leg),
@@ -140,13 +146,19 @@ func translated(options []byte, f Flow, hasAck bool) []byte {
 	return b
 }
 
-// accounted is the model of what an entry remembers of a packet.
-func accounted(e Entry, s segment, packets int) Entry {
+// accounted is the model of what an entry remembers of a packet; other is the other direction's, if there is one.
+func accounted(e Entry, other *Entry, s segment, packets int) Entry {
 	e.Flow.Bytes += uint64(len(s.payload))
 	e.Flow.Packets += uint32(packets)
-	if s.flags&(ack|rst) == ack && int32(s.ack-e.Flow.LastAck) > 0 {
+	if behind := e.Flow.LastAck - s.ack; s.flags&(ack|rst) == ack && behind > 16<<20 {
 		e.Flow.LastAck = s.ack
 		e.Flow.Control |= FlowConfirmed
+	}
+	if s.flags&syn != 0 {
+		e.Flow.Control |= FlowSYN
+	}
+	if !ends(e, other, s) {
+		return e
 	}
 	if s.flags&fin != 0 {
 		e.Flow.Control |= FlowFIN
@@ -155,6 +167,30 @@ func accounted(e Entry, s segment, packets int) Entry {
 		e.Flow.Control |= FlowRST
 	}
 	return e
+}
+
+// ends is the model of which FINs and RSTs are believed.
+func ends(e Entry, other *Entry, s segment) bool {
+	if other == nil || s.seq == 0 && other.Has(FlowSYN) {
+		return true
+	}
+	ahead := int32(s.seq + uint32(len(s.payload)) + e.Flow.Seq - other.Flow.LastAck)
+	most := uint64(1 << 30)
+	if s.flags&rst != 0 {
+		most = 16 << 20
+	}
+	return ahead >= -1 && int64(ahead) <= int64(min(e.Flow.Bytes, most))+64<<10
+}
+
+// other is the entry of the other direction, nil if there is none.
+func (r *rig) other(leg Leg, e Entry) *Entry {
+	r.Helper()
+	other, err := r.tables.LookupFlow(1-leg, e.To.Reverse())
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	must(r, err)
+	return &other
 }
 
 // expectForward feeds a packet of a bound flow and compares frame, events and entry
@@ -166,7 +202,7 @@ func (r *rig) expectForward(f family, leg Leg, s segment, ctx skbuff) {
 	if ctx.GSOSegs == 0 && ctx.GSOSize > 0 {
 		packets = max(1, (len(s.payload)+int(ctx.GSOSize)-1)/int(ctx.GSOSize))
 	}
-	after := accounted(e, s, packets)
+	after := accounted(e, r.other(leg, e), s, packets)
 	w := want{action: redirect, reason: bpfReasonREASON_FORWARDED, frame: forwarded(s, e).frame()}
 	if new := after.Flow.Control &^ e.Flow.Control; new&(FlowFIN|FlowRST) != 0 {
 		closing := eventOf(s, EventClosing, headersOnly)
@@ -541,6 +577,12 @@ func TestFlowRandom(t *testing.T) {
 			e.Flow.Control |= FlowPending
 		}
 		must(t, r.tables.InsertFlow(leg, f.tuple(leg), &e))
+		back, near := f.entry(1-leg), uint32(0)
+		if random.IntN(2) == 0 {
+			back.Flow.LastAck, back.To = random.Uint32(), f.tuple(leg).Reverse()
+			near = back.Flow.LastAck - e.Flow.Seq
+			must(t, r.tables.InsertFlow(1-leg, e.To.Reverse(), &back))
+		}
 		for range 1 + random.IntN(3) {
 			s := f.legSegment(leg, ack|sometimes()*fin|sometimes()*rst|uint16(random.Uint32())&(psh|urg|ece|cwr|ae|reservedFlags))
 			if random.IntN(8) == 0 {
@@ -551,6 +593,9 @@ func TestFlowRandom(t *testing.T) {
 				s.payload[i] = byte(random.Uint32())
 			}
 			s.seq, s.ack, s.window, s.urgent = random.Uint32(), random.Uint32(), uint16(random.Uint32()), uint16(random.Uint32())
+			if near != 0 && random.IntN(2) == 0 {
+				s.seq = near + random.Uint32N(64<<20) - 16<<20
+			}
 			s.tos, s.ttl, s.id, s.flowLabel = uint8(random.Uint32()), 2+uint8(random.IntN(254)), uint16(random.Uint32()), random.Uint32()>>12
 			if sometimes() == 1 {
 				s.tags = []vlan{{0x8100, uint16(random.Uint32())}}
@@ -565,5 +610,6 @@ func TestFlowRandom(t *testing.T) {
 			}
 		}
 		must(t, r.tables.DeleteFlow(leg, f.tuple(leg)))
+		must(t, r.tables.DeleteFlow(1-leg, e.To.Reverse()))
 	}
 }

@@ -394,8 +394,8 @@ func unknownWant(s segment, policy uint8) want {
 	}
 }
 
-// allow writes how many rationed events this second has seen, on every CPU.
-func (r *rig) allow(second, used uint64) {
+// allow writes how many rationed events of a kind this second has seen, on every CPU.
+func (r *rig) allow(kind EventKind, second, used uint64) {
 	r.Helper()
 	cpus, err := ebpf.PossibleCPU()
 	must(r, err)
@@ -403,7 +403,7 @@ func (r *rig) allow(second, used uint64) {
 	for i := range all {
 		all[i] = bpfAllowance{Second: second, Used: used}
 	}
-	must(r, r.coll.Maps[bpfMapAllowance].Put(uint32(0), all))
+	must(r, r.coll.Maps[bpfMapAllowance].Put(uint32(kind), all))
 }
 
 // wholeSecond waits until there is time for a few packets within one second, and
@@ -424,13 +424,13 @@ func TestUnknownLimit(t *testing.T) {
 		r := r.with(t)
 		s := f.clientSegment(ack)
 		second := r.wholeSecond()
-		r.allow(second, eventsPerSecond-1)
+		r.allow(EventUnknown, second, eventsPerSecond-1)
 		r.expect(ProgramClient, s.frame(), unknown(s))
 		r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
 		r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
 		h := r.hello(f) // a valid cookie is not rationed
 		r.expect(ProgramClient, h.frame(), hello(h))
-		r.allow(second-1, 1<<40)
+		r.allow(EventUnknown, second-1, 1<<40)
 		r.expect(ProgramClient, s.frame(), unknown(s))
 	})
 }

@@ -113,6 +113,7 @@ const (
 	bpfFlowStateFLOW_RST       bpfFlowState = 268435456
 	bpfFlowStateFLOW_CONFIRMED bpfFlowState = 536870912
 	bpfFlowStateFLOW_PENDING   bpfFlowState = 1073741824
+	bpfFlowStateFLOW_SYN       bpfFlowState = 2147483648
 )
 
 type bpfLeg uint32

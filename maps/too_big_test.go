@@ -4,6 +4,7 @@ package maps
 
 import (
 	"fmt"
+	"net/netip"
 	"testing"
 )
 
@@ -98,8 +99,7 @@ func TestTapReplayTooBig(t *testing.T) {
 	})
 }
 
-// Packets over the MTU are rationed together with what else a stranger can cause, and
-// dropped where the engine cannot be told.
+// Packets over the MTU are rationed, and dropped where the engine cannot be told.
 func TestFlowTooBigLimit(t *testing.T) {
 	r := newFlowRig(t, settings{})
 	bothLegs(t, func(t *testing.T, f family, leg Leg) {
@@ -108,13 +108,48 @@ func TestFlowTooBigLimit(t *testing.T) {
 		s := f.legSegment(leg, ack)
 		overMTU(&s)
 		second := r.wholeSecond()
-		r.allow(second, eventsPerSecond-1)
+		r.allow(EventTooBig, second, eventsPerSecond-1)
 		r.expect(program(leg), s.frame(), tooBig(s, leg, 0, nexthopMTU))
 		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
 		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
-		r.allow(second-1, 1<<40)
+		r.allow(EventTooBig, second-1, 1<<40)
 		r.expect(program(leg), s.frame(), tooBig(s, leg, 0, nexthopMTU))
 		r.untouched(f, leg, before)
+	})
+}
+
+// A flood of one kind takes nothing from the others: a sender of unknown packets must not keep path MTU discovery from working.
+func TestAllowances(t *testing.T) {
+	r := newICMPRig(t, settings{})
+	bothLegs(t, func(t *testing.T, f family, leg Leg) {
+		r := r.with(t)
+		r.bind(f, leg, nil)
+		e, big, stranger := f.icmpError(leg), f.legSegment(leg, ack), f.clientSegment(ack)
+		overMTU(&big)
+		stranger.src = netip.AddrPortFrom(stranger.src.Addr(), 1)
+		kinds := map[EventKind]struct {
+			program          string
+			frame            []byte
+			allowed, limited want
+		}{
+			EventUnknown: {ProgramClient, stranger.frame(), unknown(stranger), drop(bpfReasonREASON_UNKNOWN_LIMITED)},
+			EventICMP:    {program(leg), e.frame(), e.event(leg, 0), drop(bpfReasonREASON_ICMP_LIMITED)},
+			EventTooBig:  {program(leg), big.frame(), tooBig(big, leg, 0, nexthopMTU), drop(bpfReasonREASON_TOO_BIG)},
+		}
+		for flooded := range kinds {
+			second := r.wholeSecond()
+			for kind := range kinds {
+				r.allow(kind, second, 0)
+			}
+			r.allow(flooded, second, eventsPerSecond)
+			for kind, k := range kinds {
+				w := k.allowed
+				if kind == flooded {
+					w = k.limited
+				}
+				r.expect(k.program, k.frame, w)
+			}
+		}
 	})
 }
 

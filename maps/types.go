@@ -60,6 +60,7 @@ const (
 	FlowRST       = uint32(bpfFlowStateFLOW_RST)
 	FlowConfirmed = uint32(bpfFlowStateFLOW_CONFIRMED)
 	FlowPending   = uint32(bpfFlowStateFLOW_PENDING)
+	FlowSYN       = uint32(bpfFlowStateFLOW_SYN)
 
 	LiveNoSACK       = uint32(bpfLiveFlagLIVE_NO_SACK)
 	LiveNoTimestamps = uint32(bpfLiveFlagLIVE_NO_TIMESTAMPS)

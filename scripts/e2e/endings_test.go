@@ -275,6 +275,56 @@ func TestResetWithData(t *testing.T) {
 	b.wantClosed(t, map[string]uint64{"reset": 2})
 }
 
+// TestForgedReset sends RSTs and FINs at numbers that are not the client's, and a SYN behind them, as somebody would who knows
+// no more than who speaks to whom: the connection goes on, also after it was silent for longer than a closed one is kept.
+func TestForgedReset(t *testing.T) {
+	const closing = time.Second
+	b := newEndBed(t, "closing: "+closing.String())
+	families(t, func(t *testing.T, v6 bool) {
+		r, err := b.Raw(vip(b.Bed, v6))
+		must(t, err)
+		defer func() { _ = r.Close() }()
+		_, err = r.Open(testbed.LinuxSYN(r.TSVal), 3*time.Second)
+		must(t, err)
+		_, err = r.Write(b.first)
+		must(t, err)
+		backend := b.arrived(t, v6)
+		must(t, errors.Join(backend.SetDeadline(time.Now().Add(clientTimeout)), r.SetDeadline(time.Now().Add(clientTimeout))))
+		must(t, r.Send(r.Bare(0))) // the client has bound its flow
+		for _, number := range []uint32{0, r.SndNxt - 1000, r.SndNxt + 100_000, r.SndNxt + 1<<31} {
+			must(t, forge(r, number))
+		}
+		for until := time.Now().Add(2 * closing); time.Now().Before(until); {
+			if s, err := r.Recv(time.Until(until)); err == nil && s.Flags&(testbed.SYN|testbed.RST|testbed.FIN) != 0 {
+				t.Errorf("a forged packet was answered by %s", s)
+			}
+		}
+		_, err = r.Write([]byte("alive"))
+		must(t, err)
+		got := make([]byte, 5)
+		_, err = io.ReadFull(backend, got)
+		must(t, err)
+		_, err = backend.Write(got)
+		must(t, err)
+		_, err = io.ReadFull(r, got)
+		must(t, err)
+		must(t, abort(backend))
+		if _, err := r.Read(got); !errors.Is(err, testbed.ErrReset) {
+			t.Errorf("the backend's reset: %v", err)
+		}
+	})
+	b.nothingLeft(t, 10*time.Second)
+	b.wantClosed(t, map[string]uint64{"reset": 2})
+}
+
+// forge sends what ends a connection and what starts one, all at a number of one's choice.
+func forge(r *testbed.Raw, number uint32) error {
+	rst, fin := r.Bare(testbed.RST), r.Bare(testbed.FIN)
+	rst.Seq, fin.Seq = number, number
+	syn := testbed.Segment{Seq: number, Flags: testbed.SYN, Window: r.Window, Options: testbed.LinuxSYN(r.TSVal)}
+	return r.Send(rst, fin, syn)
+}
+
 // closeBoth has both sides close at the same instant; each sees the other's FIN.
 func closeBoth(p pair) error {
 	other := make(chan error, 1)
