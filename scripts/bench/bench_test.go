@@ -176,6 +176,23 @@ func TestFigures(t *testing.T) {
 	}
 }
 
+// TestFiguresOfNothing looks that a contender through which nothing came has no cost, and a round without a floor no figures.
+func TestFiguresOfNothing(t *testing.T) {
+	r := sampleResults()
+	for i := range r.Records {
+		if rec := &r.Records[i]; rec.Contender == "x" {
+			rec.ConnectionsAt.Result = &bench.Result{Attempts: 10}
+		}
+	}
+	if v := r.values(keyMetrics[0], "x"); len(v) != 0 {
+		t.Errorf("the CPU of no connections is %v", v)
+	}
+	r.Records = r.Records[1:]
+	if v := r.values(bulkMetrics[0], "x"); len(v) != 1 {
+		t.Errorf("figures of the rounds %v: the first has no floor", v)
+	}
+}
+
 func TestReport(t *testing.T) {
 	r, dir := sampleResults(), t.TempDir()
 	r.Incomplete = []incident{{2, "X: 1 of 1000 failed"}}

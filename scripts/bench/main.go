@@ -41,7 +41,7 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds (default 5, with -short 1)")
 	flag.StringVar(&o.modes, "modes", "tc", "attach modes of snilb: tc, xdp, xdp-generic, several in quotes")
 	flag.StringVar(&o.only, "only", "", "only these contenders, besides the plainly routed path")
-	flag.StringVar(&o.generator, "generator", "sockets", "what makes new connections: sockets, packets")
+	flag.StringVar(&o.generator, "generator", sockets, "what makes new connections: sockets, packets")
 	flag.Float64Var(&o.rate, "rate", 0, "new connections a second at which CPU is compared (default: half of what the slowest can do, at most 2000)")
 	flag.Float64Var(&o.floodRate, "flood-rate", 0, "SYNs a second (default 60000, with -short 2000)")
 	flag.StringVar(&o.snilb, "snilb", "./snilb", "the snilb to measure, and whose load tool to use")
@@ -50,6 +50,9 @@ func main() {
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, o)
+	if ctx.Err() != nil {
+		err = errors.New("interrupted") // of which all else is a consequence
+	}
 	cancel()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -102,7 +105,7 @@ func (o options) settings() (settings, error) {
 		set.FloodRate = o.floodRate
 	}
 	set.Generator = o.generator
-	if set.Generator != "sockets" && set.Generator != "packets" {
+	if set.Generator != sockets && set.Generator != packets {
 		return set, fmt.Errorf("-generator %s: sockets or packets", set.Generator)
 	}
 	return set, nil
@@ -272,11 +275,14 @@ func (t *tournament) chooseRates(ctx context.Context) error {
 	connections, requests := math.Inf(1), math.Inf(1)
 	for _, c := range t.list {
 		err := t.with(ctx, c, func(s *site) error {
-			conns, err := s.connections(ctx, 0, time.Second, t.results.Settings.Patience)
+			asked, err := s.requests(ctx, 0)
 			if err != nil {
 				return err
 			}
-			asked, err := s.requests(ctx, 0)
+			if err := s.serveConnections(); err != nil {
+				return err
+			}
+			conns, err := s.connections(ctx, 0, time.Second, t.results.Settings.Patience)
 			if err != nil {
 				return err
 			}

@@ -38,18 +38,21 @@ type settings struct {
 	files int // that a process may open
 }
 
+// The kinds of clients for new connections.
+const sockets, packets = "sockets", "packets"
+
 // full is what `make bench` measures, short what the test takes.
 var (
 	full = settings{
 		Rounds: 5, Concurrency: 256, Warmup: 500 * time.Millisecond, Duration: 2500 * time.Millisecond,
 		Patience: 3 * time.Second, FloodPatience: time.Second, BulkBytes: 2 << 30, RequestBytes: 1000,
-		IdleConns: 10000, IdleSettle: time.Second, CalmRate: 200, FloodRate: 60000, FloodLead: 5 * time.Second, Generator: "sockets",
+		IdleConns: 10000, IdleSettle: time.Second, CalmRate: 200, FloodRate: 60000, FloodLead: 5 * time.Second, Generator: sockets,
 	}
 	short = settings{
-		Rounds: 1, Concurrency: 8, ConnectionRate: 200, RequestRate: 500, Warmup: 100 * time.Millisecond, Duration: 500 * time.Millisecond,
+		Rounds: 1, Concurrency: 128, ConnectionRate: 200, RequestRate: 500, Warmup: 100 * time.Millisecond, Duration: 500 * time.Millisecond,
 		Patience: 10 * time.Second, FloodPatience: 10 * time.Second, // nobody need hurry
 		BulkBytes: 64 << 20, RequestBytes: 1000, IdleConns: 300, IdleSettle: 200 * time.Millisecond,
-		CalmRate: 50, FloodRate: 2000, FloodLead: 200 * time.Millisecond, Generator: "sockets",
+		CalmRate: 50, FloodRate: 2000, FloodLead: 200 * time.Millisecond, Generator: sockets,
 	}
 )
 
@@ -98,6 +101,7 @@ func (s *site) all(ctx context.Context) (r record, err error) {
 		{"bulk", func() error { r.Bulk, err = s.bulk(ctx); return err }},
 		{"requests", func() error { r.Requests, err = s.requests(ctx, 0); return err }},
 		{"requests at a fixed rate", func() error { r.RequestsAt, err = s.requests(ctx, set.RequestRate); return err }},
+		{"the server of connections", s.serveConnections},
 		{"connections", func() error { r.Connections, err = s.connections(ctx, 0, set.Duration, set.Patience); return err }},
 		{"connections at a fixed rate", func() error {
 			r.ConnectionsAt, err = s.connections(ctx, set.ConnectionRate, set.Duration, set.Patience)
@@ -128,18 +132,29 @@ func (s *site) client() []string {
 	for _, a := range s.bed.Clients4 {
 		from = append(from, a.String())
 	}
-	return []string{"--from", strings.Join(from, ","), "--sni", "a.example.com", "--layout", "go-classic"}
+	return append(hello(), "--from", strings.Join(from, ","))
 }
 
-// connections opens connections, at a rate or, for 0, one after the other.
+func hello() []string { return []string{"--sni", "a.example.com", "--layout", "go-classic"} }
+
+// connections opens connections, at a rate or, for 0, one after the other. As packets they cost a fraction of what they
+// measure, but there are no requests, downloads and idle connections of that kind.
 func (s *site) connections(ctx context.Context, rate float64, d, timeout time.Duration) (*phase, error) {
-	concurrency := s.set.Concurrency
-	if rate > 0 {
-		concurrency = 256 // what is late in an open loop is late because of the contender
+	args := s.client()
+	if s.set.Generator == packets {
+		args = append(hello(), "--packets", "--interface", "eth0", "--sources", packetSources.String())
 	}
-	args := append(s.client(), s.times(d, timeout)...)
-	args = append(args, "--rate", fmt.Sprint(rate), "--concurrency", fmt.Sprint(concurrency), "--reply", "1")
-	return s.load(ctx, "connections", append(args, s.generator()...)...)
+	args = append(args, s.times(d, timeout)...)
+	return s.load(ctx, "connections", append(args, "--rate", fmt.Sprint(rate), "--concurrency", fmt.Sprint(s.set.Concurrency),
+		"--reply", "1")...)
+}
+
+// serveConnections has packets answered by packets.
+func (s *site) serveConnections() error {
+	if s.set.Generator == packets {
+		return s.serve("--packets", "--interface", "eth0")
+	}
+	return nil
 }
 
 // requests asks for answers on connections that stay open.

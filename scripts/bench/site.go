@@ -24,8 +24,13 @@ import (
 
 const readyLimit = 20 * time.Second
 
-// floodSources are what a flood pretends to come from: the network of RFC 2544, for benchmarks.
-var floodSources = netip.MustParsePrefix("198.18.0.0/15")
+// benchNet is the network of RFC 2544, for benchmarks: the first half for clients that are packets, the second is what a flood
+// pretends to come from.
+var (
+	benchNet      = netip.MustParsePrefix("198.18.0.0/15")
+	packetSources = netip.MustParsePrefix("198.18.0.0/16")
+	floodSources  = netip.MustParsePrefix("198.19.0.0/16")
+)
 
 // clientAddresses is how many addresses the clients have, that is how many times 64,000 ports. With one alone a port would be
 // used again within seconds, which no balancer on the Internet sees, and of which SYNPROXY makes stalled connections.
@@ -67,17 +72,28 @@ func newSite(ctx context.Context, set *settings, snilb string, c contender) (_ *
 	if err := s.tune(); err != nil {
 		return nil, err
 	}
-	args := append([]string{"bench", "serve", s.backend(0).String(), s.backend(1).String(), "--reply", "1"}, s.generator()...)
-	if s.server, err = startProcess("snilb bench serve", s.bed.Backend.Command(context.Background(), snilb, args...)); err != nil {
-		return nil, err
-	}
-	if _, err := s.server.waitLine("ready", readyLimit); err != nil {
+	if err := s.serve(); err != nil {
 		return nil, err
 	}
 	if s.before, err = readMemory(); err != nil {
 		return nil, err
 	}
 	return s, c.start(ctx, s)
+}
+
+// serve starts the load tool's server at the backends' addresses, in the place of the one that runs.
+func (s *site) serve(args ...string) (err error) {
+	if s.server != nil {
+		if err := s.server.stop(); err != nil {
+			return err
+		}
+	}
+	args = append([]string{"bench", "serve", s.backend(0).String(), s.backend(1).String(), "--reply", "1"}, args...)
+	if s.server, err = startProcess("snilb bench serve", s.bed.Backend.Command(context.Background(), s.snilb, args...)); err != nil {
+		return err
+	}
+	_, err = s.server.waitLine("ready", readyLimit)
+	return err
 }
 
 // tune sets what is the same for all contenders.
@@ -93,7 +109,8 @@ func (s *site) tune() error {
 			return err
 		}
 	}
-	// What is answered to a flood must have a way, or it would be cheaper here than anywhere: to the client, who drops it.
+	// What is answered to packets must have a way: with a flood it would be cheaper here than anywhere without one. The
+	// client's kernel drops it.
 	h, err := s.bed.LB.Netlink()
 	if err != nil {
 		return err
@@ -104,7 +121,7 @@ func (s *site) tune() error {
 		return err
 	}
 	return h.RouteAdd(&netlink.Route{LinkIndex: index, Gw: s.bed.Clients4[0].AsSlice(),
-		Dst: &net.IPNet{IP: floodSources.Addr().AsSlice(), Mask: net.CIDRMask(floodSources.Bits(), 32)}})
+		Dst: &net.IPNet{IP: benchNet.Addr().AsSlice(), Mask: net.CIDRMask(benchNet.Bits(), 32)}})
 }
 
 func (s *site) vip() netip.AddrPort { return netip.AddrPortFrom(s.bed.VIP4, 443) }
@@ -117,14 +134,6 @@ func (s *site) target() netip.AddrPort {
 		return s.backend(0)
 	}
 	return s.vip()
-}
-
-// generator are the arguments that choose the kind of the load tool's client and server.
-func (s *site) generator() []string {
-	if s.set.Generator == "packets" {
-		return []string{"--packets", "--interface", "eth0"}
-	}
-	return nil
 }
 
 // close ends and removes everything.

@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 )
@@ -166,7 +167,8 @@ func (r *results) values(m metric, contender string) []float64 {
 		if rec.Contender != contender || plain == nil {
 			continue
 		}
-		if v, ok := m.of(rec, plain); ok {
+		// Where nothing succeeded, there is nothing to divide by.
+		if v, ok := m.of(rec, plain); ok && !math.IsInf(v, 0) && !math.IsNaN(v) {
 			out = append(out, v)
 		}
 	}
