@@ -256,6 +256,12 @@ func TestChosen(t *testing.T) {
 	}
 }
 
+func TestCommand(t *testing.T) {
+	if got, want := command([]string{"-modes", "tc xdp", "-readme"}), "go run ./scripts/bench -modes 'tc xdp' -readme"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
 func TestComplete(t *testing.T) {
 	for _, c := range []struct {
 		r    bench.Result

@@ -51,7 +51,7 @@ func contenders(snilb string, modes []string) ([]contender, error) {
 		{Name: floor, Title: "plainly routed", direct: true, start: func(context.Context, *site) error { return nil }},
 		{Name: "dnat", Title: "nftables DNAT", tools: []string{"nft"}, version: nft,
 			start: func(ctx context.Context, s *site) error { return s.nft(ctx, "dnat.nft") }},
-		{Name: "synproxy", Title: "nftables SYNPROXY, routed", direct: true, tools: []string{"nft", "ss"}, version: nft, start: startSynproxy},
+		{Name: "synproxy", Title: "nftables SYNPROXY", direct: true, tools: []string{"nft", "ss"}, version: nft, start: startSynproxy},
 		{Name: "haproxy", Title: "HAProxy, TCP mode", ByName: true, tools: []string{"haproxy"}, version: []string{"haproxy", "-v"}, start: startHAProxy},
 		{Name: "nginx", Title: "nginx stream", ByName: true, tools: []string{"nginx"}, version: []string{"nginx", "-v"}, start: startNginx},
 		{Name: "sniproxy", Title: "sniproxy", ByName: true, tools: []string{"sniproxy"}, version: []string{"sniproxy", "-V"}, start: startSniproxy},

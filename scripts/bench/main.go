@@ -163,7 +163,7 @@ func measure(ctx context.Context, o options) (*results, error) {
 	if m.IdleBusy > 0.03 {
 		progress("that is much: the figures will be too")
 	}
-	r := &results{Command: "go run ./scripts/bench " + strings.Join(os.Args[1:], " "), Machine: m, Settings: set}
+	r := &results{Command: command(os.Args[1:]), Machine: m, Settings: set}
 	for _, c := range list {
 		r.Contenders = append(r.Contenders, entrant{c.Name, c.Title, c.ByName, c.says()})
 	}
@@ -183,6 +183,18 @@ func manyFiles() (int, error) {
 	}
 	limit.Cur = limit.Max
 	return int(limit.Max), syscall.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+}
+
+// command is what was typed, but for the name that `go run` gives the program.
+func command(args []string) string {
+	out := "go run ./scripts/bench"
+	for _, a := range args {
+		if strings.Contains(a, " ") {
+			a = "'" + a + "'"
+		}
+		out += " " + a
+	}
+	return out
 }
 
 func progress(format string, args ...any) {

@@ -24,7 +24,7 @@ const (
 	latencyPlot    = "latency.svg"
 )
 
-const plotWidth, plotHeight = 16 * vg.Centimeter, 9 * vg.Centimeter
+const plotWidth, plotHeight = 17 * vg.Centimeter, 10 * vg.Centimeter
 
 func (r *results) plots(dir string) error {
 	return errors.Join(
@@ -37,7 +37,6 @@ func (r *results) plots(dir string) error {
 func (r *results) bars(file, title string, m metric) error {
 	p := plot.New()
 	p.Title.Text = title
-	p.Y.Tick.Length = 0
 	var names []string
 	var medians plotter.Values
 	var points errorPoints
@@ -65,6 +64,8 @@ func (r *results) bars(file, title string, m metric) error {
 	}
 	p.Add(plotter.NewGrid(), bars, whiskers)
 	p.NominalY(names...)
+	p.Y.Min, p.Y.Max = -0.6, float64(len(names))-0.4
+	p.X.Max *= 1.05
 	return save(p, file)
 }
 
@@ -101,6 +102,8 @@ func (r *results) curves(file string) error {
 // save writes a plot on white, so that it can be read on a dark page too.
 func save(p *plot.Plot, file string) error {
 	p.BackgroundColor = color.White
+	p.Title.Padding = 3 * vg.Millimeter
+	p.Y.Tick.Label.Font.Size, p.Legend.TextStyle.Font.Size = 9, 9
 	if err := p.Save(plotWidth, plotHeight, file); err != nil {
 		return fmt.Errorf("plot %s: %w", file, err)
 	}
