@@ -175,18 +175,29 @@ type memory struct {
 	Fields map[string]int64 `json:"meminfo"`
 	// TCP is the memory of socket buffers, of all namespaces.
 	TCP int64 `json:"tcp_buffers"`
-	// Caches are the slab caches of /proc/slabinfo, where the kernel has it.
-	Caches map[string]int64 `json:"slabs,omitempty"`
+	// Slabs is what slab caches hold, but for those of processes and files, which change with what else happens on the
+	// machine. Where the kernel has no /proc/slabinfo, it is all slabs.
+	Slabs int64 `json:"slabs"`
+	// Caches are the slab caches, where the kernel has /proc/slabinfo.
+	Caches map[string]int64 `json:"caches,omitempty"`
 	// Daemon is the resident memory of the contender's processes, where shared pages count once.
 	Daemon int64 `json:"daemon"`
 }
 
 var meminfoFields = []string{"MemTotal", "Slab", "SUnreclaim", "KernelStack", "PageTables", "VmallocUsed", "Percpu"}
 
-// kernel is what a connection may have made the kernel allocate.
-func (m memory) kernel() int64 {
-	return m.Fields["Slab"] + m.Fields["VmallocUsed"] + m.Fields["Percpu"] + m.TCP
+// elsewhere are slab caches of processes and of files, not of sockets, packets and tables.
+var elsewhere = []string{
+	"anon_vma", "anon_vma_chain", "vm_area_struct", "vma_lock", "maple_node", "mm_struct", "task_struct", "signal_cache",
+	"sighand_cache", "files_cache", "fs_cache", "cred_jar", "pid", "proc_inode_cache", "inode_cache", "shmem_inode_cache",
+	"ext4_inode_cache", "xfs_inode", "btrfs_inode", "ovl_inode", "kernfs_node_cache", "radix_tree_node", "buffer_head",
 }
+
+// connections is what connections may have made the kernel allocate.
+func (m memory) connections() int64 { return m.Slabs + m.TCP }
+
+// kernel is, besides, what tables of a fixed size take.
+func (m memory) kernel() int64 { return m.connections() + m.Fields["VmallocUsed"] + m.Fields["Percpu"] }
 
 func readMemory() (m memory, err error) {
 	text, err := os.ReadFile("/proc/meminfo")
@@ -202,9 +213,15 @@ func readMemory() (m memory, err error) {
 	m.TCP = sockstatPages(string(text)) * int64(os.Getpagesize())
 	text, err = os.ReadFile("/proc/slabinfo")
 	if errors.Is(err, fs.ErrNotExist) {
+		m.Slabs = m.Fields["Slab"]
 		return m, nil
 	}
 	m.Caches = parseSlabinfo(string(text))
+	for name, bytes := range m.Caches {
+		if !slices.Contains(elsewhere, name) {
+			m.Slabs += bytes
+		}
+	}
 	return m, err
 }
 
@@ -236,8 +253,8 @@ func sockstatPages(text string) int64 {
 	return 0
 }
 
-// parseSlabinfo returns the bytes of every cache: slabs times pages of a slab. Whole slabs, as that is what is taken from
-// the machine.
+// parseSlabinfo returns the bytes of every cache: objects in use times what one takes of its slab. Slabs themselves are not
+// counted, because the kernel keeps some that are empty.
 func parseSlabinfo(text string) map[string]int64 {
 	out := map[string]int64{}
 	for line := range strings.Lines(text) {
@@ -245,10 +262,11 @@ func parseSlabinfo(text string) map[string]int64 {
 		if len(f) < 16 || strings.HasPrefix(line, "#") {
 			continue
 		}
-		pages, err1 := strconv.ParseInt(f[5], 10, 64)
-		slabs, err2 := strconv.ParseInt(f[14], 10, 64)
-		if err1 == nil && err2 == nil {
-			out[f[0]] += pages * slabs * int64(os.Getpagesize())
+		used, err1 := strconv.ParseInt(f[1], 10, 64)
+		slab, err2 := strconv.ParseInt(f[4], 10, 64)
+		pages, err3 := strconv.ParseInt(f[5], 10, 64)
+		if errors.Join(err1, err2, err3) == nil && slab > 0 {
+			out[f[0]] += used * pages * int64(os.Getpagesize()) / slab
 		}
 	}
 	return out

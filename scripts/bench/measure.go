@@ -233,7 +233,7 @@ func (s *site) flood(ctx context.Context, r *record) error {
 	if err != nil {
 		return errors.Join(err, p.kill())
 	}
-	r.FloodKernel = after.kernel() - before.kernel()
+	r.FloodKernel = after.connections() - before.connections()
 	<-p.exited
 	r.Flood, err = readPhase("flood", out.Bytes(), p.said.String(), p.err)
 	return err

@@ -84,9 +84,9 @@ func (r *results) markdown() string {
 	section("Bulk download", fmt.Sprintf("%.1f GB over one connection, without a cipher.", float64(set.BulkBytes)/1e9), bulkMetrics)
 	section("Requests on open connections", fmt.Sprintf("Answers of %d bytes over %d connections. CPU and latency at %.0f a "+
 		"second.", set.RequestBytes, set.Concurrency, set.RequestRate), requestMetrics)
-	section("Idle connections", fmt.Sprintf("Memory of %d connections. The kernel's (slabs, socket buffers, vmalloc, per-CPU) is "+
-		"beyond that of the plainly routed ones, for clients and backends have sockets in every case; of the processes' pages that "+
-		"are shared each counts once.", set.IdleConns), memoryMetrics)
+	section("Idle connections", fmt.Sprintf("Memory of %d connections. The kernel's (slabs but for those of processes and files, "+
+		"and socket buffers; at the start vmalloc and per-CPU memory too) is beyond that of the plainly routed ones, for clients and "+
+		"backends have sockets in every case. Of the processes' shared pages each counts once.", set.IdleConns), memoryMetrics)
 	section("SYN flood", fmt.Sprintf("%.0f clients a second, without and with %.0f SYNs a second from made-up addresses that "+
 		"began %s before. Served is who has the answer within %s.", set.CalmRate, set.FloodRate, set.FloodLead, set.FloodPatience), floodMetrics)
 	if len(r.Incomplete) > 0 {

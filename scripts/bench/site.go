@@ -159,10 +159,12 @@ func (s *site) close() error {
 
 // memory reads what the kernel and the contender hold now.
 func (s *site) memory() (memory, error) {
-	m, err := readMemory()
+	var daemon int64
 	for _, p := range s.daemons {
-		m.Daemon += resident(p.cmd.Process.Pid)
+		daemon += resident(p.cmd.Process.Pid)
 	}
+	m, err := readMemory() // behind what fills the kernel's caches with the entries of /proc
+	m.Daemon = daemon
 	return m, err
 }
 
