@@ -103,11 +103,23 @@ func TestMemory(t *testing.T) {
 			t.Errorf("no %s in /proc/meminfo", field)
 		}
 	}
-	if c := m.connections(); c < 0 || c > m.kernel() || m.kernel() > m.Fields["MemTotal"] {
-		t.Errorf("%d bytes for connections, %d in all, of %d", c, m.kernel(), m.Fields["MemTotal"])
+	if m.kernel() < m.Slabs || m.kernel() > m.Fields["MemTotal"] {
+		t.Errorf("%d bytes are the kernel's, of %d", m.kernel(), m.Fields["MemTotal"])
 	}
 	if m.Slabs == 0 || m.Slabs > m.Fields["Slab"] {
 		t.Errorf("%d bytes of slabs, of %d in all", m.Slabs, m.Fields["Slab"])
+	}
+}
+
+func TestTaken(t *testing.T) {
+	before := memory{TCP: 10, Slabs: 500, Caches: map[string]int64{"TCP": 100, "dentry": 300, "pid": 1}}
+	after := memory{TCP: 15, Slabs: 540, Caches: map[string]int64{"TCP": 140, "dentry": 200, "pid": 90, "filp": 2}}
+	if n := after.taken(before); n != 5+40+2 {
+		t.Errorf("%d bytes: what was freed, or is of processes, counts", n)
+	}
+	before.Caches, after.Caches = nil, nil
+	if n := after.taken(before); n != 5+40 {
+		t.Errorf("%d bytes, without slabinfo", n)
 	}
 }
 
@@ -170,9 +182,9 @@ func sampleResults() *results {
 		}}
 	}
 	add := func(round int, name string, busy float64, slab, daemon int64) {
-		held := memory{Slabs: slab, Daemon: daemon}
+		held := memory{Daemon: daemon}
 		r.Records = append(r.Records, record{Round: round, Contender: name, Bulk: p(busy), Requests: p(busy), RequestsAt: p(busy),
-			Connections: p(busy), ConnectionsAt: p(busy), Calm: p(busy), Flooded: p(busy), Flood: p(busy), Idle: idle{Connections: 10, Holding: held}})
+			Connections: p(busy), ConnectionsAt: p(busy), Calm: p(busy), Flooded: p(busy), Flood: p(busy), Idle: idle{Connections: 10, Kernel: slab, Holding: held}})
 	}
 	add(1, floor, 1, 1000, 0)
 	add(1, "x", 1.5, 4000, 500)

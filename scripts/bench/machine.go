@@ -193,11 +193,25 @@ var elsewhere = []string{
 	"ext4_inode_cache", "xfs_inode", "btrfs_inode", "ovl_inode", "kernfs_node_cache", "radix_tree_node", "buffer_head",
 }
 
-// connections is what connections may have made the kernel allocate.
-func (m memory) connections() int64 { return m.Slabs + m.TCP }
+// kernel is what the kernel has allocated for itself, and what sockets hold.
+func (m memory) kernel() int64 {
+	return m.Slabs + m.TCP + m.Fields["VmallocUsed"] + m.Fields["Percpu"]
+}
 
-// kernel is, besides, what tables of a fixed size take.
-func (m memory) kernel() int64 { return m.connections() + m.Fields["VmallocUsed"] + m.Fields["Percpu"] }
+// taken is what connections made the kernel allocate since before. None of them makes a slab cache smaller: where one is,
+// somebody else has freed something, and it does not count.
+func (m memory) taken(before memory) int64 {
+	bytes := m.TCP - before.TCP
+	if m.Caches == nil {
+		return bytes + m.Slabs - before.Slabs
+	}
+	for name, now := range m.Caches {
+		if !slices.Contains(elsewhere, name) {
+			bytes += max(0, now-before.Caches[name])
+		}
+	}
+	return bytes
+}
 
 func readMemory() (m memory, err error) {
 	text, err := os.ReadFile("/proc/meminfo")

@@ -85,7 +85,8 @@ type idle struct {
 	Before      memory           `json:"before"`
 	Started     memory           `json:"started"`
 	Holding     memory           `json:"holding"`
-	Grown       map[string]int64 `json:"grown"` // the slab caches that grew most
+	Kernel      int64            `json:"kernel"` // bytes that the connections took
+	Grown       map[string]int64 `json:"grown"`  // the slab caches that grew most
 }
 
 // all measures a contender in a fresh site. Memory comes first, while no slab is half empty from what was before; the flood
@@ -193,6 +194,7 @@ func (s *site) idle(ctx context.Context) (i idle, err error) {
 	}
 	time.Sleep(s.set.IdleSettle)
 	i.Holding, err = s.memory()
+	i.Kernel = i.Holding.taken(i.Started)
 	i.Grown = grown(i.Started.Caches, i.Holding.Caches, 12)
 	i.Before.Caches, i.Started.Caches, i.Holding.Caches = nil, nil, nil // hundreds of lines
 	if err != nil {
@@ -233,7 +235,7 @@ func (s *site) flood(ctx context.Context, r *record) error {
 	if err != nil {
 		return errors.Join(err, p.kill())
 	}
-	r.FloodKernel = after.connections() - before.connections()
+	r.FloodKernel = after.taken(before)
 	<-p.exited
 	r.Flood, err = readPhase("flood", out.Bytes(), p.said.String(), p.err)
 	return err

@@ -112,7 +112,7 @@ func (r *record) bulkCPU() float64    { return r.Bulk.Busy / gigabytes(r.Bulk) }
 
 // idleKernel and idleDaemon are bytes by idle connection.
 func (r *record) idleKernel() float64 {
-	return float64(r.Idle.Holding.connections()-r.Idle.Started.connections()) / float64(r.Idle.Connections)
+	return float64(r.Idle.Kernel) / float64(r.Idle.Connections)
 }
 
 func (r *record) idleDaemon() float64 {
