@@ -306,20 +306,26 @@ func grown(before, after map[string]int64, count int) map[string]int64 {
 	return out
 }
 
-// resident is the memory of a process group: of every page its share, so that what nginx's workers share counts once.
+// resident is the memory of a process group.
 func resident(group int) (bytes int64) {
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, dir := range dirs {
 		pid, _ := strconv.Atoi(filepath.Base(dir))
-		if pgid, err := unix.Getpgid(pid); err != nil || pgid != group {
-			continue
+		if pgid, err := unix.Getpgid(pid); err == nil && pgid == group {
+			bytes += residentOne(pid)
 		}
-		rollup, _ := os.ReadFile(filepath.Join(dir, "smaps_rollup")) // it may have ended
-		for line := range strings.Lines(string(rollup)) {
-			if value, ok := strings.CutPrefix(line, "Pss:"); ok {
-				kb, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
-				bytes += kb << 10
-			}
+	}
+	return bytes
+}
+
+// residentOne is the memory of a process: of every page its share, so that what nginx's workers share counts once. Nothing
+// when it has ended.
+func residentOne(pid int) (bytes int64) {
+	rollup, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	for line := range strings.Lines(string(rollup)) {
+		if value, ok := strings.CutPrefix(line, "Pss:"); ok {
+			kb, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+			bytes += kb << 10
 		}
 	}
 	return bytes
