@@ -64,7 +64,8 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 			{ echo "--- the whole output, mode $$mode:"; cat "$$log"; exit 1; }; \
 	done
 
-bench: test-tools bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in 20 minutes; into the README too (MODES="tc xdp")
+bench: bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in 20 minutes; into the README too (MODES="tc xdp")
+	@scripts/install-test-tools.sh
 	$(GO) run ./scripts/bench -modes "$(MODES)" -readme
 
 # Timings decide nothing here: that all connections succeed and all bytes come does.
