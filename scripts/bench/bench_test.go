@@ -255,7 +255,7 @@ func TestReport(t *testing.T) {
 	}
 	text, _ := os.ReadFile(readme)
 	if s := string(text); strings.Contains(s, "old") || !strings.HasPrefix(s, "before\n") || !strings.HasSuffix(s, "\nafter\n") ||
-		strings.Count(s, "| X | 625") != 1 || !strings.Contains(s, "(results/"+connectionPlot+")") {
+		strings.Count(s, "| X | 625") != 1 || !strings.Contains(s, "(results/"+connectionPlot+")") || !strings.Contains(s, "(results/"+bulkPlot+")") {
 		t.Errorf("README:\n%s", s)
 	}
 }

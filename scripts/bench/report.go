@@ -142,7 +142,7 @@ func (r *results) intoReadme(file, dir string) error {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "\n%s Medians of %d rounds, in brackets the lowest and the highest.\n\n%s", r.where(), r.Settings.Rounds, r.table(keyMetrics))
-	fmt.Fprintf(&b, "\n![CPU added per connection](%[1]s/%s) ![CPU added per GB](%[1]s/%s)\n", dir, connectionPlot, bulkPlot)
+	fmt.Fprintf(&b, "\n![CPU added per connection](%[1]s/%[2]s) ![CPU added per GB](%[1]s/%[3]s)\n", dir, connectionPlot, bulkPlot)
 	fmt.Fprintf(&b, "\n[All figures and versions](%[1]s/results.md), [latency by percentile](%[1]s/%[2]s).\n", dir, latencyPlot)
 	out, err := replaceBetween(text, readmeBegin, readmeEnd, b.String())
 	if err != nil {
