@@ -29,7 +29,7 @@ GENERATED   = maps/snilb_bpfel.o maps/snilb_bpfel.go
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench-bulk demo clean
+.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ help: ## show what there is
 build: ## compile ./snilb
 	$(GO) build -trimpath -o snilb ./cmd/snilb
 
-test: test-tools lint generate-check unit e2e ## everything that must hold: sudo make test
+test: test-tools lint generate-check unit e2e bench-short ## everything that must hold: sudo make test
 	@echo "make test: all passed"
 
 test-tools: ## install what the tests need (Debian packages, golangci-lint)
@@ -64,8 +64,13 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 			{ echo "--- the whole output, mode $$mode:"; cat "$$log"; exit 1; }; \
 	done
 
-bench-bulk: bpffs ## bulk download beside nginx stream and plain routing
-	$(GO) test -count=1 -v -timeout 20m ./scripts/e2e -run '^TestSideBySide$$' -bulk-rounds 7 -bulk-mib 4096
+bench: bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in 20 minutes; into the README too (MODES="tc xdp")
+	@scripts/install-test-tools.sh
+	$(GO) run ./scripts/bench -modes "$(MODES)" -readme
+
+# Timings decide nothing here: that all connections succeed and all bytes come does.
+bench-short: bpffs build ## the same in a minute, to see that it works
+	$(GO) run ./scripts/bench -modes "$(MODES)" -short
 
 bpffs:
 	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf

@@ -178,6 +178,37 @@ _Static_assert(sizeof(struct flow) == 48, "flow");
 _Static_assert(sizeof(struct flow4) == 56 && sizeof(struct flow4_key) == 16, "flow4");
 _Static_assert(sizeof(struct flow6) == 80 && sizeof(struct flow6_key) == 40, "flow6");
 
+/* What snilb_jobs is to do with a flow. */
+enum flow_job_op {
+	FLOW_JOB_BIND = 1, /* insert both entries */
+	FLOW_JOB_REBIND,   /* the same, the backend's in the place of a pending one */
+	FLOW_JOB_READ,	   /* copy both flows out */
+	FLOW_JOB_REMOVE,   /* delete both, the client's only if it is of this generation */
+};
+
+#define FLOW_JOBS 64
+
+/* Addresses of IPv4 are in the last words. up is the client's direction and its value,
+ * down the backend's; FLOW_JOB_READ and _REMOVE want the generation and the ports of up.
+ */
+struct flow_job {
+	__u16 op;     /* enum flow_job_op */
+	__u16 family; /* AF_INET or AF_INET6 */
+	__s32 result; /* 0 or a negative errno */
+	struct flow6_key client, backend;
+	struct flow6 up, down;
+};
+
+struct flow_jobs {
+	struct flow_job job[FLOW_JOBS];
+};
+
+struct flow_jobs_args {
+	__u32 worker, count;
+};
+
+_Static_assert(sizeof(struct flow_job) == 248, "flow_job");
+
 struct cookie_key {
 	__u64 k0, k1;
 };

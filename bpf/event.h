@@ -51,9 +51,13 @@ struct event_what {
 static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pkt,
 				  struct event_what what, __u32 worker, __u32 limit)
 {
-	__u32 zero = 0, captured;
+	/* That a flow ends is no hurry. In the same ring it would keep later events from waking the
+	 * worker, which the kernel does for the first one only that the reader has not seen.
+	 */
+	bool quiet = what.kind == EVENT_CLOSING;
+	__u32 zero = 0, captured, at = quiet ? MAX_WORKERS + worker : worker;
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
-	void *ring = bpf_map_lookup_elem(&rings, &worker);
+	void *ring = bpf_map_lookup_elem(&rings, &at);
 
 	if (!s || !ring || !pkt)
 		return false;
@@ -73,7 +77,8 @@ static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pk
 	if (bpf_skb_load_bytes(skb, 6, s->header.mac, 6) ||
 	    bpf_skb_load_bytes(skb, pkt->l3, s->data, captured))
 		return false;
-	return bpf_ringbuf_output(ring, s, sizeof(s->header) + captured, 0) == 0;
+	return bpf_ringbuf_output(ring, s, sizeof(s->header) + captured,
+				  quiet ? BPF_RB_NO_WAKEUP : 0) == 0;
 }
 
 #define EVENT_HEADERS_ONLY (sizeof(struct ipv6hdr) + TCP_HEADER_MAX)

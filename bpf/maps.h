@@ -58,6 +58,15 @@ struct {
 	__type(value, struct live);
 } control SEC(".maps");
 
+/* Mapped by the engine: each worker writes its own jobs and reads the results there. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, MAX_WORKERS);
+	__type(key, __u32);
+	__type(value, struct flow_jobs);
+} jobs SEC(".maps");
+
 struct ring {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 8 << 20);
@@ -65,7 +74,7 @@ struct ring {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, MAX_WORKERS);
+	__uint(max_entries, 2 * MAX_WORKERS); /* each worker's, then each worker's quiet one */
 	__type(key, __u32);
 	__array(values, struct ring);
 } rings SEC(".maps");

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <linux/bpf.h>
+#include <linux/errno.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
 #include <linux/ip.h>
@@ -28,6 +29,7 @@
 #include "synack.h"
 #include "offer.h"
 #include "icmp.h"
+#include "jobs.h"
 
 /* Client-facing interfaces, ingress. */
 SEC("tc")
@@ -117,6 +119,7 @@ const enum event_kind *const abi_event_kind = NULL;
 const enum tap_request *const abi_tap_request = NULL;
 const enum flow_state *const abi_flow_state = NULL;
 const enum live_flag *const abi_live_flag = NULL;
+const enum flow_job_op *const abi_flow_job_op = NULL;
 const enum leg *const abi_leg = NULL;
 
 char _license[] SEC("license") = "GPL";

@@ -31,7 +31,9 @@ type Instance struct {
 	dir         string // of the pins
 	tables      *maps.Tables
 	shared      map[string]*ebpf.Map // tables and the programs' working memory, by name
-	rings       []*ebpf.Map
+	rings       []*ebpf.Map          // each worker's, and its quiet one
+	jobsProgram *ebpf.Program
+	jobs        []*maps.Jobs
 	tap         *tap
 	hasCsumIPv6 bool
 	workerKey   uint64 // spreads clients over the workers
@@ -166,6 +168,7 @@ func (i *Instance) build() (err error) {
 	}{
 		{"maps", i.createMaps},
 		{"rings", i.createRings},
+		{"jobs", i.createJobs},
 		{"pin", i.pinMaps},
 		{"tap", i.createTap},
 	}
@@ -233,6 +236,12 @@ func (i *Instance) Close() error {
 	if i.tap != nil {
 		errs = append(errs, i.tap.close(i.ns))
 	}
+	for _, jobs := range i.jobs {
+		errs = append(errs, jobs.Close())
+	}
+	if i.jobsProgram != nil {
+		errs = append(errs, i.jobsProgram.Close())
+	}
 	for _, ring := range i.rings {
 		errs = append(errs, ring.Close())
 	}
@@ -279,7 +288,13 @@ func (i *Instance) sorted() []*attachment {
 func (i *Instance) Tables() *maps.Tables { return i.tables }
 
 // Ring returns the ring buffer of a worker. It is closed by Close.
-func (i *Instance) Ring(worker int) *ebpf.Map { return i.rings[worker] }
+func (i *Instance) Ring(worker int) *ebpf.Map { return i.rings[2*worker] }
+
+// Jobs is what a worker has the kernel do its work on flows by.
+func (i *Instance) Jobs(worker int) *maps.Jobs { return i.jobs[worker] }
+
+// QuietRing is the ring of a worker whose events wake nobody.
+func (i *Instance) QuietRing(worker int) *ebpf.Map { return i.rings[2*worker+1] }
 
 // TapQueues returns one file a worker: each Write puts a whole Ethernet frame on
 // the TAP device, where the TAP program runs on it before Write returns. The files

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -509,16 +510,21 @@ func TestRings(t *testing.T) {
 	newNetns(t)
 	addVeth(t, "eth0", "10.9.0.1/24")
 	i := load(t, testOptions(t, "eth0"))
-	for worker := range uint32(2) {
-		ring := i.Ring(int(worker))
-		info, err := ring.Info()
-		must(t, err)
-		want, _ := info.ID()
-		var got ebpf.MapID
-		must(t, i.Tables().Rings.Lookup(&worker, &got))
-		if got != want || int(ring.MaxEntries()) != i.opts.RingSize {
-			t.Errorf("ring %d: id %d, want %d, %d bytes", worker, got, want, ring.MaxEntries())
-		}
+	for worker := range 2 {
+		checkRing(t, i, uint32(worker), i.Ring(worker), i.opts.RingSize)
+		checkRing(t, i, uint32(maps.MaxWorkers+worker), i.QuietRing(worker), os.Getpagesize())
+	}
+}
+
+func checkRing(t *testing.T, i *Instance, index uint32, ring *ebpf.Map, size int) {
+	t.Helper()
+	info, err := ring.Info()
+	must(t, err)
+	want, _ := info.ID()
+	var got ebpf.MapID
+	must(t, i.Tables().Rings.Lookup(&index, &got))
+	if got != want || int(ring.MaxEntries()) != size {
+		t.Errorf("ring %d: id %d, want %d, %d bytes", index, got, want, ring.MaxEntries())
 	}
 }
 

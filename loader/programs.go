@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -17,17 +18,19 @@ import (
 // Role is what an interface, and so the program on it, is for.
 type Role string
 
-// The roles.
+// The roles. The last one is on no interface: the engine calls its program.
 const (
 	RoleClient  Role = "client"
 	RoleBackend Role = "backend"
 	RoleTap     Role = "tap"
+	roleJobs    Role = "jobs"
 )
 
 var programOf = map[Role]string{
 	RoleClient:  bpf.ProgramClient,
 	RoleBackend: bpf.ProgramBackend,
 	RoleTap:     bpf.ProgramTap,
+	roleJobs:    bpf.ProgramJobs,
 }
 
 // spec returns the object cut down to one role's program, with the constants of a
@@ -43,6 +46,7 @@ func (i *Instance) spec(role Role, slot uint32) (*ebpf.CollectionSpec, error) {
 	entries := uint32(i.opts.FlowEntries) * 2 // one a direction
 	spec.Maps[mapFlows4].MaxEntries = entries
 	spec.Maps[mapFlows6].MaxEntries = entries
+	spec.Maps[bpf.MapJobs].MaxEntries = uint32(i.opts.Workers)
 	spec.Maps[mapRings].InnerMap.MaxEntries = uint32(i.opts.RingSize)
 
 	err = errors.Join(
@@ -104,19 +108,42 @@ func (i *Instance) createMaps() error {
 }
 
 func (i *Instance) createRings() error {
+	// Events of the quiet ring are headers, and few: two a flow.
+	quietSize := max(i.opts.RingSize/8, os.Getpagesize())
 	for worker := range uint32(i.opts.Workers) {
-		ring, err := ebpf.NewMap(&ebpf.MapSpec{
-			Name:       fmt.Sprintf("snilb_ring%d", worker),
-			Type:       ebpf.RingBuf,
-			MaxEntries: uint32(i.opts.RingSize),
-		})
+		err := i.createRing(worker, fmt.Sprintf("snilb_ring%d", worker), i.opts.RingSize)
+		if err == nil {
+			err = i.createRing(bpf.MaxWorkers+worker, fmt.Sprintf("snilb_quiet%d", worker), quietSize)
+		}
 		if err != nil {
-			return fmt.Errorf("create ring %d: %w", worker, err)
+			return fmt.Errorf("create the rings of worker %d: %w", worker, err)
 		}
-		i.rings = append(i.rings, ring)
-		if err := i.tables.Rings.Put(&worker, ring); err != nil {
-			return fmt.Errorf("create ring %d: %w", worker, err)
+	}
+	return nil
+}
+
+func (i *Instance) createRing(index uint32, name string, size int) error {
+	ring, err := ebpf.NewMap(&ebpf.MapSpec{Name: name, Type: ebpf.RingBuf, MaxEntries: uint32(size)})
+	if err != nil {
+		return err
+	}
+	i.rings = append(i.rings, ring)
+	return i.tables.Rings.Put(&index, ring)
+}
+
+// createJobs loads the program that works on flows, and maps what each worker shares with it.
+func (i *Instance) createJobs() error {
+	prog, err := i.loadProgram(roleJobs, 0)
+	if err != nil {
+		return err
+	}
+	i.jobsProgram = prog
+	for worker := range i.opts.Workers {
+		jobs, err := bpf.NewJobs(prog, i.shared[bpf.MapJobs], worker)
+		if err != nil {
+			return err
 		}
+		i.jobs = append(i.jobs, jobs)
 	}
 	return nil
 }

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -96,6 +98,7 @@ func (i *Instance) configureTap(device netlink.Link) error {
 		{"turn ARP off", i.ns.LinkSetARPOff(device)},
 		{"set MTU", i.ns.LinkSetMTU(device, tapMTU)},
 		{"set queue length", i.ns.LinkSetTxQLen(device, tapQueueLength)},
+		{"turn the choice of queues off", steerNowhere(i.tap.queues[0])},
 		{"turn IPv6 off", quietIPv6(i.ns, device)},
 		{"set up", i.ns.LinkSetUp(device)},
 	}
@@ -105,6 +108,21 @@ func (i *Instance) configureTap(device netlink.Link) error {
 		}
 	}
 	return nil
+}
+
+// steerNowhere gives the device a program that chooses the queue of a packet to be read: none ever is. Without one the
+// kernel learns from each packet written by which queue its flow should be answered (tun_flow_update), which costs a hash
+// and an entry a connection.
+func steerNowhere(queue *os.File) error {
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "snilb_queue0", Type: ebpf.SocketFilter, License: "Apache-2.0",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = prog.Close() }() // the device holds it
+	return unix.IoctlSetPointerInt(int(queue.Fd()), unix.TUNSETSTEERINGEBPF, prog.FD())
 }
 
 // quietIPv6 wants the sysctl or the address mode: in a container /proc/sys may be

@@ -233,10 +233,14 @@ func (r *rig) load() {
 
 func (r *rig) makeRings() {
 	r.Helper()
-	for i := range r.set.workers {
+	for i := range 2 * r.set.workers {
+		index := i % r.set.workers
+		if i >= r.set.workers {
+			index += MaxWorkers // its quiet ring
+		}
 		ring, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(r.set.ringSize)})
 		must(r, err)
-		must(r, r.tables.Rings.Put(i, ring))
+		must(r, r.tables.Rings.Put(index, ring))
 		reader, err := ringbuf.NewReader(ring)
 		must(r, err)
 		reader.SetDeadline(time.Now())
@@ -306,14 +310,18 @@ type event struct {
 func (r *rig) events(after uint64) []event {
 	r.Helper()
 	var all []event
-	for worker, reader := range r.readers {
+	for i, reader := range r.readers {
 		for reader.AvailableBytes() > 0 {
 			rec, err := reader.Read()
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				continue
 			}
 			must(r, err)
-			all = append(all, r.event(rec.RawSample, worker, after))
+			e := r.event(rec.RawSample, i%int(r.set.workers), after)
+			if quiet := i >= int(r.set.workers); quiet != (e.Kind == EventClosing) {
+				r.Errorf("%+v is in the wrong ring of its worker", e)
+			}
+			all = append(all, e)
 		}
 	}
 	return all

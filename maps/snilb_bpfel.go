@@ -106,6 +106,37 @@ type bpfFlow6Key struct {
 	Leg   uint32
 }
 
+type bpfFlowJob struct {
+	_       structs.HostLayout
+	Op      uint16
+	Family  uint16
+	Result  int32
+	Client  bpfFlow6Key
+	Backend bpfFlow6Key
+	Up      bpfFlow6
+	Down    bpfFlow6
+}
+
+type bpfFlowJobOp uint32
+
+const (
+	bpfFlowJobOpFLOW_JOB_BIND   bpfFlowJobOp = 1
+	bpfFlowJobOpFLOW_JOB_REBIND bpfFlowJobOp = 2
+	bpfFlowJobOpFLOW_JOB_READ   bpfFlowJobOp = 3
+	bpfFlowJobOpFLOW_JOB_REMOVE bpfFlowJobOp = 4
+)
+
+type bpfFlowJobs struct {
+	_   structs.HostLayout
+	Job [64]bpfFlowJob
+}
+
+type bpfFlowJobsArgs struct {
+	_      structs.HostLayout
+	Worker uint32
+	Count  uint32
+}
+
 type bpfFlowState uint32
 
 const (
@@ -245,6 +276,7 @@ const (
 	bpfMapCounters        = "counters"
 	bpfMapFlows4          = "flows4"
 	bpfMapFlows6          = "flows6"
+	bpfMapJobs            = "jobs"
 	bpfMapListenerPorts   = "listener_ports"
 	bpfMapListeners       = "listeners"
 	bpfMapNexthops        = "nexthops"
@@ -253,9 +285,11 @@ const (
 	bpfMapScratch         = "scratch"
 	bpfProgSnilbBackend   = "snilb_backend"
 	bpfProgSnilbClient    = "snilb_client"
+	bpfProgSnilbJobs      = "snilb_jobs"
 	bpfProgSnilbTap       = "snilb_tap"
 	bpfVarAbiEventHeader  = "abi_event_header"
 	bpfVarAbiEventKind    = "abi_event_kind"
+	bpfVarAbiFlowJobOp    = "abi_flow_job_op"
 	bpfVarAbiFlowState    = "abi_flow_state"
 	bpfVarAbiLeg          = "abi_leg"
 	bpfVarAbiLiveFlag     = "abi_live_flag"
@@ -316,6 +350,7 @@ type bpfSpecs struct {
 type bpfProgramSpecs struct {
 	SnilbBackend *ebpf.ProgramSpec `ebpf:"snilb_backend"`
 	SnilbClient  *ebpf.ProgramSpec `ebpf:"snilb_client"`
+	SnilbJobs    *ebpf.ProgramSpec `ebpf:"snilb_jobs"`
 	SnilbTap     *ebpf.ProgramSpec `ebpf:"snilb_tap"`
 }
 
@@ -328,6 +363,7 @@ type bpfMapSpecs struct {
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Flows4        *ebpf.MapSpec `ebpf:"flows4"`
 	Flows6        *ebpf.MapSpec `ebpf:"flows6"`
+	Jobs          *ebpf.MapSpec `ebpf:"jobs"`
 	ListenerPorts *ebpf.MapSpec `ebpf:"listener_ports"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Nexthops      *ebpf.MapSpec `ebpf:"nexthops"`
@@ -342,6 +378,7 @@ type bpfMapSpecs struct {
 type bpfVariableSpecs struct {
 	AbiEventHeader  *ebpf.VariableSpec `ebpf:"abi_event_header"`
 	AbiEventKind    *ebpf.VariableSpec `ebpf:"abi_event_kind"`
+	AbiFlowJobOp    *ebpf.VariableSpec `ebpf:"abi_flow_job_op"`
 	AbiFlowState    *ebpf.VariableSpec `ebpf:"abi_flow_state"`
 	AbiLeg          *ebpf.VariableSpec `ebpf:"abi_leg"`
 	AbiLiveFlag     *ebpf.VariableSpec `ebpf:"abi_live_flag"`
@@ -383,6 +420,7 @@ type bpfMaps struct {
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Flows4        *ebpf.Map `ebpf:"flows4"`
 	Flows6        *ebpf.Map `ebpf:"flows6"`
+	Jobs          *ebpf.Map `ebpf:"jobs"`
 	ListenerPorts *ebpf.Map `ebpf:"listener_ports"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Nexthops      *ebpf.Map `ebpf:"nexthops"`
@@ -398,6 +436,7 @@ func (m *bpfMaps) Close() error {
 		m.Counters,
 		m.Flows4,
 		m.Flows6,
+		m.Jobs,
 		m.ListenerPorts,
 		m.Listeners,
 		m.Nexthops,
@@ -413,6 +452,7 @@ func (m *bpfMaps) Close() error {
 type bpfVariables struct {
 	AbiEventHeader  *ebpf.Variable `ebpf:"abi_event_header"`
 	AbiEventKind    *ebpf.Variable `ebpf:"abi_event_kind"`
+	AbiFlowJobOp    *ebpf.Variable `ebpf:"abi_flow_job_op"`
 	AbiFlowState    *ebpf.Variable `ebpf:"abi_flow_state"`
 	AbiLeg          *ebpf.Variable `ebpf:"abi_leg"`
 	AbiLiveFlag     *ebpf.Variable `ebpf:"abi_live_flag"`
@@ -435,6 +475,7 @@ type bpfVariables struct {
 type bpfPrograms struct {
 	SnilbBackend *ebpf.Program `ebpf:"snilb_backend"`
 	SnilbClient  *ebpf.Program `ebpf:"snilb_client"`
+	SnilbJobs    *ebpf.Program `ebpf:"snilb_jobs"`
 	SnilbTap     *ebpf.Program `ebpf:"snilb_tap"`
 }
 
@@ -442,6 +483,7 @@ func (p *bpfPrograms) Close() error {
 	return _BpfClose(
 		p.SnilbBackend,
 		p.SnilbClient,
+		p.SnilbJobs,
 		p.SnilbTap,
 	)
 }

@@ -109,6 +109,9 @@ const (
 	ProgramClient  = bpfProgSnilbClient
 	ProgramBackend = bpfProgSnilbBackend
 	ProgramTap     = bpfProgSnilbTap
+	ProgramJobs    = bpfProgSnilbJobs
+
+	MapJobs = bpfMapJobs // what ProgramJobs and its callers share
 
 	VarCounterSlot     = bpfVarCounterSlot     // uint32
 	VarWorkers         = bpfVarWorkers         // uint32

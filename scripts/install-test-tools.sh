@@ -4,7 +4,7 @@
 # Installs what `make test` runs, on Debian 12 and its relatives. Does nothing, and needs no network, when all is there.
 set -eu
 
-packages="clang-19 llvm-19 clang-format-19 libbpf-dev nginx-light libnginx-mod-stream haproxy curl openssl gnutls-bin
+packages="clang-19 llvm-19 clang-format-19 libbpf-dev nginx-light libnginx-mod-stream haproxy sniproxy curl openssl gnutls-bin
 	iproute2 nftables ethtool tcpdump iputils-ping openssh-client util-linux gcc libc6-dev git ca-certificates"
 
 missing=

@@ -208,6 +208,9 @@ func TestFlagsAnywhere(t *testing.T) {
 		Commands: []*cli.Command{{
 			Name:  "do",
 			Flags: []cli.Flag{&cli.StringFlag{Name: "out", Aliases: []string{"o"}}, &cli.BoolFlag{Name: "fast"}},
+		}, {
+			Name:        "many",
+			Subcommands: []*cli.Command{{Name: "one", Flags: []cli.Flag{&cli.StringFlag{Name: "out"}}}},
 		}},
 	}
 	for in, want := range map[string]string{
@@ -219,6 +222,9 @@ func TestFlagsAnywhere(t *testing.T) {
 		"p do x --unknown y":      "p do --unknown x y",
 		"p do x --out":            "p do --out x",
 		"p other x --fast":        "p other x --fast",
+		"p many one x --out y z":  "p many one --out y x z",
+		"p many two x --out y z":  "p many two x --out y z",
+		"p many":                  "p many",
 		"p":                       "p",
 		"p --quiet":               "p --quiet",
 	} {

@@ -140,6 +140,8 @@ func (s *server) engineOptions() engine.Options {
 	}
 	for i, queue := range s.instance.TapQueues() {
 		o.Rings = append(o.Rings, s.instance.Ring(i))
+		o.QuietRings = append(o.QuietRings, s.instance.QuietRing(i))
+		o.Jobs = append(o.Jobs, s.instance.Jobs(i))
 		o.Queues = append(o.Queues, queue)
 	}
 	return o

@@ -21,11 +21,15 @@ func flagsAnywhere(app *cli.App, args []string) []string {
 		return args
 	}
 	command := app.Command(args[at])
-	// A command with commands of its own has its arguments in another place.
+	at++
+	// The arguments belong to the innermost command.
+	for command != nil && len(command.Subcommands) > 0 && at < len(args) {
+		command = subcommand(command, args[at])
+		at++
+	}
 	if command == nil || len(command.Subcommands) > 0 {
 		return args
 	}
-	at++
 	var flags, rest []string
 	for i := at; i < len(args); {
 		if args[i] == "--" {
@@ -42,6 +46,15 @@ func flagsAnywhere(app *cli.App, args []string) []string {
 		i += width
 	}
 	return slices.Concat(args[:at], flags, rest)
+}
+
+// subcommand is the command of that name below another, or nil.
+func subcommand(of *cli.Command, name string) *cli.Command {
+	i := slices.IndexFunc(of.Subcommands, func(c *cli.Command) bool { return c.HasName(name) })
+	if i < 0 {
+		return nil
+	}
+	return of.Subcommands[i]
 }
 
 // flagWidth returns how many words the flag at i takes: 2 when its value is a

@@ -33,7 +33,8 @@ func (h *handshake) bind(w *worker) {
 	w.generation++
 	f := newFlow(h, w.generation)
 	toBackend, toClient := h.entries(w, back, f)
-	if err := w.insert(f, toBackend, toClient); err != nil {
+	pair := maps.Pair{Client: f.clientTuple(), Backend: f.backendTuple(), Up: toBackend, Down: toClient}
+	if err := w.jobs.Bind(&pair, f.local.ports == nil); err != nil {
 		if errors.Is(err, unix.E2BIG) {
 			h.abandonFull(w, limit)
 			return
@@ -54,22 +55,6 @@ func (h *handshake) bind(w *worker) {
 		a.pending[i].Ack = a.ack
 		w.replay(maps.LegBackend, a.pending[i], f.mss)
 	}
-}
-
-// insert adds both entries or none.
-func (w *worker) insert(f *flow, toBackend, toClient *maps.Entry) error {
-	t := w.e.o.Tables
-	insert := t.InsertFlow
-	if f.local.ports == nil {
-		insert = t.ReplaceFlow // the pending entry
-	}
-	if err := insert(maps.LegBackend, f.backendTuple(), toClient); err != nil {
-		return err
-	}
-	if err := t.InsertFlow(maps.LegClient, f.clientTuple(), toBackend); err != nil {
-		return errors.Join(err, t.DeleteFlow(maps.LegBackend, f.backendTuple()))
-	}
-	return nil
 }
 
 func (h *handshake) abandonFull(w *worker, limit int) {

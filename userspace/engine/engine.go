@@ -22,7 +22,6 @@ import (
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/ringbuf"
 
 	"snilb/maps"
 	"snilb/userspace/pool"
@@ -39,7 +38,10 @@ type Hop struct {
 type Options struct {
 	Tables *maps.Tables
 	Rings  []*ebpf.Map // one a worker
-	Queues []io.Writer // of the TAP device, one a worker; a write is a frame
+	// QuietRings are of the same workers: what is in them can wait, and wakes nobody.
+	QuietRings []*ebpf.Map
+	Jobs       []*maps.Jobs // of the same workers
+	Queues     []io.Writer  // of the TAP device, one a worker; a write is a frame
 	// NextHop asks the kernel for the way to an address.
 	NextHop func(netip.Addr) (Hop, error)
 	// NextHopWithin is NextHop for a destination that takes IP packets of mtu bytes
@@ -71,8 +73,9 @@ type Engine struct {
 
 // New makes an engine that decides by p.
 func New(o Options, p *Plan) (*Engine, error) {
-	if len(o.Rings) == 0 || len(o.Rings) != len(o.Queues) {
-		return nil, fmt.Errorf("%d rings and %d queues: want one of each a worker", len(o.Rings), len(o.Queues))
+	if n := len(o.Rings); n == 0 || n != len(o.QuietRings) || n != len(o.Jobs) || n != len(o.Queues) {
+		return nil, fmt.Errorf("%d rings, %d quiet ones, %d lists of jobs and %d queues: want one of each a worker",
+			n, len(o.QuietRings), len(o.Jobs), len(o.Queues))
 	}
 	secret, err := bootSecret()
 	if err != nil {
@@ -84,12 +87,13 @@ func New(o Options, p *Plan) (*Engine, error) {
 	}
 	e.plan.Store(p)
 	for i := range o.Rings {
-		reader, err := ringbuf.NewReader(o.Rings[i])
-		if err != nil {
+		w := newWorker(e, i, o.Queues[i])
+		w.jobs = o.Jobs[i]
+		e.workers = append(e.workers, w)
+		if err := w.openRings(o.Rings[i], o.QuietRings[i]); err != nil {
 			e.closeRings()
-			return nil, fmt.Errorf("open ring %d: %w", i, err)
+			return nil, fmt.Errorf("open the rings of worker %d: %w", i, err)
 		}
-		e.workers = append(e.workers, newWorker(e, i, reader, o.Queues[i]))
 	}
 	// Before any program is attached: none must find the daemon dead.
 	if err := e.beat(); err != nil {
@@ -152,8 +156,8 @@ func (e *Engine) Live() int {
 
 func (e *Engine) closeRings() {
 	for _, w := range e.workers {
-		if err := w.ring.Close(); err != nil {
-			e.o.Log.Warn("close ring", "worker", w.id, "error", err)
+		if err := w.closeRings(); err != nil {
+			e.o.Log.Warn("close rings", "worker", w.id, "error", err)
 		}
 	}
 }

@@ -143,20 +143,49 @@ func (f *flow) quiet(acknowledged bool) time.Duration {
 }
 
 // expire looks at a closing flow again.
-func (f *flow) expire(w *worker) { f.review(w) }
+func (f *flow) expire(w *worker) { w.review([]*flow{f}) }
 
-// review reads both entries and removes the flow if it is over.
-func (f *flow) review(w *worker) {
-	up, down, err := f.read(w)
+// review reads the entries of at most maps.FlowJobs flows and removes those that are over.
+func (w *worker) review(flows []*flow) {
+	for _, f := range flows {
+		w.jobs.Read(f.pair())
+	}
+	failed := w.jobs.Run()
+	over := make([]ended, 0, len(flows))
+	for i, f := range flows {
+		err := failed
+		if err == nil {
+			err = w.jobs.Result(i)
+		}
+		if reason := f.look(w, i, err); reason != "" {
+			over = append(over, ended{f, reason})
+		}
+	}
+	w.remove(over...)
+}
+
+// ended is a flow to be removed, and why.
+type ended struct {
+	flow   *flow
+	reason string
+}
+
+// look says why a flow is to be removed, "" if it is not: by the entries of that job, or the error in their place.
+func (f *flow) look(w *worker, job int, err error) (reason string) {
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		f.remove(w, "replaced")
-		return
+		return "replaced"
 	}
 	if err != nil {
 		w.log.limited(w.now, "flow not read", "error", err)
 		w.timers.set(&f.timer, w.now+int64(time.Second))
-		return
+		return ""
 	}
+	up, down := w.jobs.Flows(job)
+	return f.judge(w, &up, &down)
+}
+
+// judge is look with both entries, up being the client's direction.
+func (f *flow) judge(w *worker, up, down *maps.Entry) (reason string) {
 	silent := min(idle(w.now, up.Flow.LastSeen), idle(w.now, down.Flow.LastSeen))
 	if silent >= staleAfter {
 		f.noticeEnds(up, down)
@@ -166,8 +195,7 @@ func (f *flow) review(w *worker) {
 		if reason != "closed" && reason != "reset" {
 			f.tellBoth(w, up, down)
 		}
-		f.remove(w, reason)
-		return
+		return reason
 	}
 	if f.closing != nil {
 		wait := max(f.quietNow(up, down)-silent, closedQuiet/8)
@@ -177,6 +205,7 @@ func (f *flow) review(w *worker) {
 		}
 		w.timers.set(&f.timer, w.now+int64(wait))
 	}
+	return ""
 }
 
 // noticeEnds makes up for FINs and RSTs whose events were lost, or were too old when
@@ -256,23 +285,6 @@ func (f *flow) acknowledged(up, down *maps.Entry) bool {
 	return int32(byBackend) >= 0 && int32(byClient) >= 0
 }
 
-// read returns both entries, up being the client's direction. Entries of another
-// use of the tuple are none of ours.
-func (f *flow) read(w *worker) (up, down *maps.Entry, err error) {
-	u, err := w.e.o.Tables.LookupFlow(maps.LegClient, f.clientTuple())
-	if err != nil {
-		return nil, nil, err
-	}
-	d, err := w.e.o.Tables.LookupFlow(maps.LegBackend, f.backendTuple())
-	if err != nil {
-		return nil, nil, err
-	}
-	if !f.owns(&u) || d.Flow.Generation != f.generation {
-		return nil, nil, ebpf.ErrKeyNotExist
-	}
-	return &u, &d, nil
-}
-
 // hasEntry reports whether the kernel still has the client's entry of this flow: it
 // deletes that of a closing one for a SYN. When in doubt it has.
 func (f *flow) hasEntry(w *worker) bool {
@@ -298,20 +310,36 @@ func (f *flow) tellBoth(w *worker, up, down *maps.Entry) {
 	w.send(&toBackend)
 }
 
-// remove forgets a flow: its entries, if they still are its own, and its port.
-func (f *flow) remove(w *worker, reason string) {
-	t := w.e.o.Tables
-	up, err := t.LookupFlow(maps.LegClient, f.clientTuple())
-	if err == nil && f.owns(&up) {
-		err = t.DeleteFlow(maps.LegClient, f.clientTuple())
-	} else if errors.Is(err, ebpf.ErrKeyNotExist) {
-		err = nil
+// pair is what the flow's entries are found by.
+func (f *flow) pair() *maps.Pair {
+	back := f.backendTuple()
+	return &maps.Pair{
+		Client: f.clientTuple(), Backend: back,
+		Up: &maps.Entry{Flow: maps.Flow{Generation: f.generation}, To: back.Reverse()},
 	}
-	// Nobody else can have this port.
-	err = errors.Join(err, t.DeleteFlow(maps.LegBackend, f.backendTuple()))
-	if err != nil {
-		w.log.limited(w.now, "flow not removed", "error", err)
+}
+
+// remove forgets a flow at once.
+func (f *flow) remove(w *worker, reason string) { w.remove(ended{f, reason}) }
+
+// remove forgets at most maps.FlowJobs flows: their entries, if they still are their own, and their ports.
+func (w *worker) remove(all ...ended) {
+	if len(all) == 0 {
+		return
 	}
+	for _, e := range all {
+		w.jobs.Remove(e.flow.pair())
+	}
+	if err := w.jobs.Run(); err != nil {
+		w.log.limited(w.now, "flows not removed", "error", err)
+	}
+	for _, e := range all {
+		e.flow.forget(w, e.reason)
+	}
+}
+
+// forget is remove without the entries.
+func (f *flow) forget(w *worker, reason string) {
 	w.timers.set(&f.timer, 0)
 	w.giveLocal(f.local, f.backend.Addr, f.closing != nil && f.closing.backendFirst)
 	if w.flows[f.connection] == f {

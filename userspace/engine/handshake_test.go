@@ -52,7 +52,7 @@ func newDesk(t *testing.T, settings string) *desk {
 		Log: slog.New(slog.NewTextHandler(&d.log, nil)),
 	}, clock: newClock()}
 	e.plan.Store(plan)
-	d.worker = newWorker(e, 0, nil, &d.out)
+	d.worker = newWorker(e, 0, &d.out)
 	e.workers = []*worker{d.worker}
 	d.now = int64(time.Hour)
 	return d

@@ -13,7 +13,7 @@ const (
 	sweepInterval = time.Second
 	// sweepShare bounds the sweep's own time: after one that took t, the next
 	// waits sweepShare times t.
-	sweepShare = 50
+	sweepShare = 200
 )
 
 // runSweep looks for flows that are over without having said so: idle ones, ones
@@ -64,7 +64,7 @@ func (e *Engine) review(c connection) {
 		w.mu.Lock()
 		if f := w.flows[c]; f != nil {
 			w.now = e.clock.now()
-			f.review(w)
+			w.review([]*flow{f})
 		}
 		w.mu.Unlock()
 	}

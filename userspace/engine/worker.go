@@ -13,7 +13,7 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/cilium/ebpf/ringbuf"
+	"github.com/cilium/ebpf"
 
 	"snilb/maps"
 	"snilb/userspace/packet"
@@ -33,12 +33,15 @@ type connection struct {
 type worker struct {
 	e     *Engine
 	id    int
-	ring  *ringbuf.Reader
+	ring  *ring
+	quiet *ring // read along, without waiting for it
 	queue io.Writer
+	jobs  *maps.Jobs
 
 	mu         sync.Mutex
 	now        int64 // CLOCK_MONOTONIC ns, read once an event
 	timers     timers
+	due        []*flow // of those, in one look
 	handshakes map[connection]*handshake
 	flows      map[connection]*flow
 	paths      map[pathKey]*ports
@@ -51,9 +54,9 @@ type worker struct {
 	log        limiter
 }
 
-func newWorker(e *Engine, id int, ring *ringbuf.Reader, queue io.Writer) *worker {
+func newWorker(e *Engine, id int, queue io.Writer) *worker {
 	return &worker{
-		e: e, id: id, ring: ring, queue: queue,
+		e: e, id: id, queue: queue,
 		handshakes: make(map[connection]*handshake),
 		flows:      make(map[connection]*flow),
 		paths:      make(map[pathKey]*ports),
@@ -63,43 +66,92 @@ func newWorker(e *Engine, id int, ring *ringbuf.Reader, queue io.Writer) *worker
 	}
 }
 
+func (w *worker) openRings(main, quiet *ebpf.Map) (err error) {
+	if w.ring, err = newRing(main); err != nil {
+		return err
+	}
+	w.quiet, err = newRing(quiet)
+	return err
+}
+
+// closeRings ends run, which then unmaps them.
+func (w *worker) closeRings() error { return errors.Join(w.ring.close(), w.quiet.close()) }
+
+// burst bounds how many events are dealt with before others get the lock.
+const burst = 64
+
 // run returns nil when the ring is closed.
 func (w *worker) run() error {
-	var record ringbuf.Record
-	for {
-		w.ring.SetDeadline(w.deadline())
-		err := w.ring.ReadInto(&record)
-		switch {
-		case errors.Is(err, ringbuf.ErrClosed):
-			return nil
-		case err != nil && !errors.Is(err, os.ErrDeadlineExceeded):
-			return fmt.Errorf("read ring: %w", err)
+	for more := false; ; {
+		if err := w.ring.wait(w.deadline(), more); errors.Is(err, os.ErrClosed) {
+			return errors.Join(w.ring.unmap(), w.quiet.unmap())
+		} else if err != nil {
+			return fmt.Errorf("wait for events: %w", err)
 		}
 		w.mu.Lock()
 		w.now = w.e.clock.now()
-		if err == nil {
-			w.event(record.RawSample)
-		}
+		// The quiet one first: the end of a connection comes before a new one from the same port.
+		more = w.read(w.quiet)
+		w.read(w.ring)
 		w.runTimers()
 		w.mu.Unlock()
 	}
 }
 
-// deadline is when the next timer ends. The sweep may start one meanwhile, which
-// then waits for this deadline or the next event: a second at the most.
+// read deals with a burst of a ring's events. Returns true if there may be more.
+func (w *worker) read(r *ring) bool {
+	for range burst {
+		record := r.next()
+		if record == nil {
+			return false
+		}
+		w.now = w.e.clock.now()
+		w.event(record)
+		r.done()
+	}
+	return true
+}
+
+// quietInterval is how long the end of a flow may wait for the engine to look.
+const quietInterval = 100 * time.Millisecond
+
+// timerGrid is what timers are late by at most, so that those of many connections are one wake-up.
+const timerGrid = int64(4 * time.Millisecond)
+
+// deadline is when the next timer ends or the quiet ring must be read, or a little later. The sweep may start a timer
+// meanwhile, which then waits for this deadline or the next event: a second at the most.
 func (w *worker) deadline() time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	at := w.e.clock.now() + int64(time.Second)
+	if len(w.flows) > 0 {
+		at -= int64(time.Second - quietInterval)
+	}
 	if next := w.timers.next(); next != 0 && next < at {
 		at = next
 	}
-	return w.e.clock.at(at)
+	return w.e.clock.at((at/timerGrid + 1) * timerGrid)
 }
 
+// runTimers has what is due looked at: flows together, since that takes system calls.
 func (w *worker) runTimers() {
-	for t := w.timers.due(w.now); t != nil; t = w.timers.due(w.now) {
-		t.owner.expire(w)
+	for {
+		w.due = w.due[:0]
+		for len(w.due) < maps.FlowJobs {
+			t := w.timers.due(w.now)
+			if t == nil {
+				break
+			}
+			if f, ok := t.owner.(*flow); ok {
+				w.due = append(w.due, f)
+			} else {
+				t.owner.expire(w)
+			}
+		}
+		if len(w.due) == 0 {
+			return
+		}
+		w.review(w.due)
 	}
 }
 
