@@ -77,6 +77,8 @@ func (h *handshake) settle(w *worker, f *flow) {
 	a.local = local{} // it is the flow's now
 	w.drop(h)
 	w.flows[h.connection] = f
+	w.enroll(f)
+	w.timers.set(&f.timer, w.now+int64(f.timeouts.unconfirmed))
 	w.e.flows.Add(1)
 	w.stats.handshakes++
 	w.stats.handshakeNanoseconds += uint64(w.now - h.started)

@@ -91,14 +91,12 @@ func New(o Options, p *Plan) (*Engine, error) {
 		w.jobs = o.Jobs[i]
 		e.workers = append(e.workers, w)
 		if err := w.openRings(o.Rings[i], o.QuietRings[i]); err != nil {
-			e.closeRings()
-			return nil, fmt.Errorf("open the rings of worker %d: %w", i, err)
+			return nil, errors.Join(fmt.Errorf("open the rings of worker %d: %w", i, err), e.free())
 		}
 	}
 	// Before any program is attached: none must find the daemon dead.
 	if err := e.beat(); err != nil {
-		e.closeRings()
-		return nil, err
+		return nil, errors.Join(err, e.free())
 	}
 	return e, nil
 }
@@ -119,8 +117,14 @@ func (e *Engine) Run(ctx context.Context) error {
 	all.Go(func() { e.runBeat(ctx, cancel) })
 	all.Go(func() { e.runSweep(ctx) })
 	<-ctx.Done()
-	e.closeRings()
+	var errs []error
+	for _, w := range e.workers {
+		errs = append(errs, w.stop())
+	}
 	all.Wait()
+	if err := errors.Join(append(errs, e.free())...); err != nil {
+		e.o.Log.Warn("close the rings", "error", err)
+	}
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -154,10 +158,10 @@ func (e *Engine) Live() int {
 	return live
 }
 
-func (e *Engine) closeRings() {
+// free gives back what the workers' runs needed.
+func (e *Engine) free() (err error) {
 	for _, w := range e.workers {
-		if err := w.closeRings(); err != nil {
-			e.o.Log.Warn("close rings", "worker", w.id, "error", err)
-		}
+		err = errors.Join(err, w.free())
 	}
+	return err
 }

@@ -38,6 +38,7 @@ type flow struct {
 	backend    *pool.Backend
 	route, sni string
 	bound      int64
+	place      int // in worker.order
 	timeouts   *timeouts
 	outlived   [2]bool         // by leg: a RST of it was no end
 	closing    *closing        // nil while neither side ended
@@ -345,6 +346,7 @@ func (f *flow) forget(w *worker, reason string) {
 	if w.flows[f.connection] == f {
 		delete(w.flows, f.connection)
 	}
+	w.strike(f)
 	w.e.flows.Add(-1)
 	w.stats.closed[reason]++
 }

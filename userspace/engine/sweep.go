@@ -10,73 +10,70 @@ import (
 )
 
 const (
-	sweepInterval = time.Second
-	// sweepShare bounds the sweep's own time: after one that took t, the next
-	// waits sweepShare times t.
-	sweepShare = 200
+	// sweepInterval is between two steps of a sweep, sweepRound what a sweep of a small table takes.
+	sweepInterval = 100 * time.Millisecond
+	sweepRound    = time.Second
+	// sweepMost bounds the flows of one step, some 0.2 ms of work: a sweep of a million flows takes some minutes.
+	sweepMost = 8 * maps.FlowJobs
 )
 
-// runSweep looks for flows that are over without having said so: idle ones, ones
-// their client never confirmed, and ones whose FIN or RST was lost to a full ring.
+// runSweep looks for flows that are over without having said so: idle ones, and ones whose FIN or RST was lost to a full
+// ring. It asks for each flow by its key: to read the table through, mostly empty, holds a CPU for tens of milliseconds, and
+// every packet that is that CPU's.
 func (e *Engine) runSweep(ctx context.Context) {
-	wait := sweepInterval
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(wait):
+		case <-tick.C:
 		}
-		begun := time.Now()
-		if err := e.sweep(); err != nil {
-			e.o.Log.Warn("sweep of the flow table", "error", err)
+		for _, w := range e.workers {
+			w.sweepStep()
 		}
-		wait = max(sweepInterval, sweepShare*time.Since(begun))
 	}
 }
 
-// sweep reads the table in batches and has each suspect reviewed by its owner.
-func (e *Engine) sweep() error {
-	now := e.clock.now()
-	var suspects []connection
-	shortest := e.plan.Load().shortestIdle()
-	err := e.o.Tables.Flows(func(leg maps.Leg, t maps.Tuple, entry *maps.Entry) {
-		silent := idle(now, entry.Flow.LastSeen)
-		ended := (entry.Has(maps.FlowFIN) || entry.Has(maps.FlowRST)) && silent >= staleAfter
-		if leg == maps.LegBackend {
-			if ended {
-				suspects = append(suspects, connection{client: entry.To.Dst, listener: entry.To.Src})
-			}
-			return
-		}
-		quiet := shortest > 0 && silent >= shortest
-		if quiet || ended || !entry.Has(maps.FlowConfirmed) {
-			suspects = append(suspects, connection{client: t.Src, listener: t.Dst})
-		}
-	})
-	for _, c := range suspects {
-		e.review(c)
-	}
-	return err
-}
-
-func (e *Engine) review(c connection) {
-	for _, w := range e.workers {
-		w.mu.Lock()
-		if f := w.flows[c]; f != nil {
-			w.now = e.clock.now()
-			w.review([]*flow{f})
-		}
-		w.mu.Unlock()
+// sweepStep goes on where the last one ended.
+func (w *worker) sweepStep() {
+	w.mu.Lock()
+	left := min(len(w.order)/int(sweepRound/sweepInterval)+1, sweepMost)
+	w.mu.Unlock()
+	for left > 0 {
+		n := min(left, maps.FlowJobs)
+		left -= n
+		w.sweep(n)
 	}
 }
 
-// shortestIdle is the smallest idle timeout of any pool, 0 if none has one.
-func (p *Plan) shortestIdle() time.Duration {
-	var shortest time.Duration
-	for _, some := range p.config.Pools {
-		if t := some.Timeouts.Idle; t > 0 && (shortest == 0 || t < shortest) {
-			shortest = t
-		}
+// sweep reviews at most n flows; the lock is held for no longer.
+func (w *worker) sweep(n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.swept >= len(w.order) {
+		w.swept = 0
 	}
-	return shortest
+	// A copy, because flows that are over leave the order.
+	w.due = append(w.due[:0], w.order[w.swept:min(w.swept+n, len(w.order))]...)
+	w.swept += len(w.due)
+	if len(w.due) > 0 {
+		w.now = w.e.clock.now()
+		w.review(w.due)
+	}
+}
+
+// enroll puts a flow into the sweep's order.
+func (w *worker) enroll(f *flow) {
+	f.place = len(w.order)
+	w.order = append(w.order, f)
+}
+
+// strike takes it out: the last one takes its place.
+func (w *worker) strike(f *flow) {
+	last := len(w.order) - 1
+	w.order[f.place] = w.order[last]
+	w.order[f.place].place = f.place
+	w.order[last] = nil
+	w.order = w.order[:last]
 }

@@ -5,10 +5,8 @@ package engine
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"io"
 	"net/netip"
-	"os"
 	"sync"
 	"time"
 	"unsafe"
@@ -34,7 +32,8 @@ type worker struct {
 	e     *Engine
 	id    int
 	ring  *ring
-	quiet *ring // read along, without waiting for it
+	wait  *waiter // for the ring
+	quiet *ring   // read along, without waiting for it
 	queue io.Writer
 	jobs  *maps.Jobs
 
@@ -44,6 +43,8 @@ type worker struct {
 	due        []*flow // of those, in one look
 	handshakes map[connection]*handshake
 	flows      map[connection]*flow
+	order      []*flow // all flows, as the sweep comes by
+	swept      int     // how far it came
 	paths      map[pathKey]*ports
 	leases     map[maps.Tuple]lease // by what a backend's packets show
 	rotation   int                  // over a pool's source addresses
@@ -67,6 +68,9 @@ func newWorker(e *Engine, id int, queue io.Writer) *worker {
 }
 
 func (w *worker) openRings(main, quiet *ebpf.Map) (err error) {
+	if w.wait, err = newWaiter(main); err != nil {
+		return err
+	}
 	if w.ring, err = newRing(main); err != nil {
 		return err
 	}
@@ -74,19 +78,16 @@ func (w *worker) openRings(main, quiet *ebpf.Map) (err error) {
 	return err
 }
 
-// closeRings ends run, which then unmaps them.
-func (w *worker) closeRings() error { return errors.Join(w.ring.close(), w.quiet.close()) }
-
 // burst bounds how many events are dealt with before others get the lock.
 const burst = 64
 
-// run returns nil when the ring is closed.
+// run returns nil after stop.
 func (w *worker) run() error {
-	for more := false; ; {
-		if err := w.ring.wait(w.deadline(), more); errors.Is(err, os.ErrClosed) {
-			return errors.Join(w.ring.unmap(), w.quiet.unmap())
-		} else if err != nil {
-			return fmt.Errorf("wait for events: %w", err)
+	for more := false; !w.wait.closed.Load(); {
+		if !more && !w.ring.hasData() {
+			if err := w.wait.wait(w.patience()); err != nil {
+				return err
+			}
 		}
 		w.mu.Lock()
 		w.now = w.e.clock.now()
@@ -96,6 +97,23 @@ func (w *worker) run() error {
 		w.runTimers()
 		w.mu.Unlock()
 	}
+	return nil
+}
+
+// stop ends run.
+func (w *worker) stop() error { return w.wait.close() }
+
+// free gives back what run needed.
+func (w *worker) free() (err error) {
+	for _, r := range []*ring{w.ring, w.quiet} {
+		if r != nil {
+			err = errors.Join(err, r.unmap())
+		}
+	}
+	if w.wait != nil {
+		err = errors.Join(err, w.wait.free())
+	}
+	return err
 }
 
 // read deals with a burst of a ring's events. Returns true if there may be more.
@@ -118,19 +136,20 @@ const quietInterval = 100 * time.Millisecond
 // timerGrid is what timers are late by at most, so that those of many connections are one wake-up.
 const timerGrid = int64(4 * time.Millisecond)
 
-// deadline is when the next timer ends or the quiet ring must be read, or a little later. The sweep may start a timer
-// meanwhile, which then waits for this deadline or the next event: a second at the most.
-func (w *worker) deadline() time.Time {
+// patience is how long until the next timer ends or the quiet ring must be read, or a little longer. The sweep may start
+// a timer meanwhile, which then waits for this or the next event: a second at the most.
+func (w *worker) patience() time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	at := w.e.clock.now() + int64(time.Second)
+	now := w.e.clock.now()
+	at := now + int64(time.Second)
 	if len(w.flows) > 0 {
-		at -= int64(time.Second - quietInterval)
+		at = now + int64(quietInterval)
 	}
 	if next := w.timers.next(); next != 0 && next < at {
 		at = next
 	}
-	return w.e.clock.at((at/timerGrid + 1) * timerGrid)
+	return time.Duration((at/timerGrid+1)*timerGrid - now)
 }
 
 // runTimers has what is due looked at: flows together, since that takes system calls.

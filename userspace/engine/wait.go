@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// waiter waits for the kernel to write into a ring.
+type waiter struct {
+	fds    [2]unix.PollFd // the ring, and an eventfd that ends the wait
+	closed atomic.Bool
+}
+
+func newWaiter(ring *ebpf.Map) (*waiter, error) {
+	fd, err := unix.FcntlInt(uintptr(ring.FD()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("wait for the ring: %w", err)
+	}
+	end, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("wait for the ring: %w", err), unix.Close(fd))
+	}
+	return &waiter{fds: [2]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(end), Events: unix.POLLIN}}}, nil
+}
+
+// awake is how long a wait keeps its thread and its place in the Go runtime: under 10 ms, after which the runtime would
+// preempt it. With some hundred events a second it is never used up.
+const awake = 5 * time.Millisecond
+
+// wait returns when there may be records, or d is over, or the waiter was closed.
+//
+// At first it waits as a C program does, without telling the runtime. To be parked and woken by that costs more than all
+// that is done for an event, because each time it also wakes another thread to look for more work. A signal ends this
+// wait, so that the garbage collector need not wait for it.
+func (w *waiter) wait(d time.Duration) error {
+	if w.closed.Load() || d <= 0 {
+		return nil
+	}
+	timeout := unix.NsecToTimespec(int64(min(d, awake)))
+	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&w.fds)), uintptr(len(w.fds)),
+		uintptr(unsafe.Pointer(&timeout)), 0, 0, 0)
+	if errno != 0 && errno != unix.EINTR {
+		return fmt.Errorf("wait for the ring: %w", errno)
+	}
+	if errno != 0 || n != 0 || d <= awake {
+		return nil
+	}
+	timeout = unix.NsecToTimespec(int64(d - awake))
+	if _, err := unix.Ppoll(w.fds[:], &timeout, nil); err != nil && !errors.Is(err, unix.EINTR) {
+		return fmt.Errorf("wait for the ring: %w", err)
+	}
+	return nil
+}
+
+// close ends wait for good.
+func (w *waiter) close() error {
+	w.closed.Store(true)
+	_, err := unix.Write(int(w.fds[1].Fd), []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	return err
+}
+
+// free closes the descriptors, when nobody waits any more.
+func (w *waiter) free() error {
+	return errors.Join(unix.Close(int(w.fds[0].Fd)), unix.Close(int(w.fds[1].Fd)))
+}
