@@ -66,15 +66,24 @@ func NewJobs(prog *ebpf.Program, jobs *ebpf.Map, worker int) (*Jobs, error) {
 func (j *Jobs) Close() error { return unix.Munmap(j.mapped) }
 
 // add makes the next job. There are FlowJobs.
-func (j *Jobs) add(op uint16, p *Pair) *bpfFlowJob {
+func (j *Jobs) add(op uint16, client, backend Tuple) *flowJob {
 	job := &j.jobs[j.count]
 	j.count++
 	job.Op, job.Family, job.Result = op, unix.AF_INET6, -int32(unix.EINPROGRESS)
-	if p.Client.Src.Addr().Is4() {
+	if client.Src.Addr().Is4() {
 		job.Family = unix.AF_INET
 	}
-	job.Client, job.Backend = flow6Key(LegClient, p.Client), flow6Key(LegBackend, p.Backend)
-	return job
+	job.Client, job.Backend = flow6Key(LegClient, client), flow6Key(LegBackend, backend)
+	return (*flowJob)(job)
+}
+
+type flowJob bpfFlowJob
+
+// expect says what the client's entry of the job's flow looks like.
+func (f *flowJob) expect(generation uint16) {
+	f.Up.Flow.Generation = generation
+	f.Up.Flow.Sport, f.Up.Flow.Dport = f.Backend.Dport, f.Backend.Sport
+	f.Up.Saddr, f.Up.Daddr = f.Backend.Daddr, f.Backend.Saddr
 }
 
 // Bind inserts both entries of a flow or none, the backend's in the place of a pending one if there is one. Returns an
@@ -85,7 +94,7 @@ func (j *Jobs) Bind(p *Pair, pending bool) error {
 	if pending {
 		op = bpfFlowJobOpFLOW_JOB_REBIND
 	}
-	job := j.add(uint16(op), p)
+	job := j.add(uint16(op), p.Client, p.Backend)
 	job.Up, job.Down = value6(p.Up), value6(p.Down)
 	if err := j.Run(); err != nil {
 		return err
@@ -93,12 +102,17 @@ func (j *Jobs) Bind(p *Pair, pending bool) error {
 	return j.Result(0)
 }
 
-// Read adds the job to read a flow. Its entries are found by the generation and the new addresses of p.Up.
-func (j *Jobs) Read(p *Pair) { j.add(uint16(bpfFlowJobOpFLOW_JOB_READ), p).Up = value6(p.Up) }
+// Read adds the job to read a flow, by the tuples of its packets. An entry of the client's with another generation, or
+// that leads elsewhere than to this backend, is of another flow.
+func (j *Jobs) Read(client, backend Tuple, generation uint16) {
+	j.add(uint16(bpfFlowJobOpFLOW_JOB_READ), client, backend).expect(generation)
+}
 
-// Remove adds the job to remove a flow: the client's entry if it still is of that generation and those addresses, and the
-// backend's. That there is none is no error.
-func (j *Jobs) Remove(p *Pair) { j.add(uint16(bpfFlowJobOpFLOW_JOB_REMOVE), p).Up = value6(p.Up) }
+// Remove adds the job to remove a flow: the client's entry if it is of this flow, as Read says, and the backend's. That
+// there is none is no error.
+func (j *Jobs) Remove(client, backend Tuple, generation uint16) {
+	j.add(uint16(bpfFlowJobOpFLOW_JOB_REMOVE), client, backend).expect(generation)
+}
 
 // Run does the jobs added since the last Run. Their results stand until the next job is added.
 func (j *Jobs) Run() error {

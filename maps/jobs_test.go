@@ -131,30 +131,29 @@ func TestJobsReadRemove(t *testing.T) {
 	j := newJobs(r, 1)
 	bothFamilies(t, func(t *testing.T, f family) {
 		r := r.with(t)
-		// What makes a flow foreign, by its number; all others are found.
-		foreign := map[int]func(*Pair){
-			3:  func(p *Pair) { p.Up.Flow.Generation++ },
-			5:  func(p *Pair) { p.Up.To.Src = netip.AddrPortFrom(p.Up.To.Src.Addr(), 9) },
-			7:  func(p *Pair) { p.Up.To.Dst = netip.AddrPortFrom(p.Up.To.Dst.Addr(), 9) },
-			9:  func(p *Pair) { p.Up.To.Src = netip.AddrPortFrom(p.Up.To.Src.Addr().Next(), p.Up.To.Src.Port()) },
-			11: func(p *Pair) { p.Up.To.Dst = netip.AddrPortFrom(p.Up.To.Dst.Addr().Next(), p.Up.To.Dst.Port()) },
+		// What makes a client's entry that of another flow, by number; all others are found.
+		foreign := map[int]func(*Entry){
+			3:  func(e *Entry) { e.Flow.Generation++ },
+			5:  func(e *Entry) { e.To.Src = netip.AddrPortFrom(e.To.Src.Addr(), 9) },
+			7:  func(e *Entry) { e.To.Dst = netip.AddrPortFrom(e.To.Dst.Addr(), 9) },
+			9:  func(e *Entry) { e.To.Src = netip.AddrPortFrom(e.To.Src.Addr().Next(), e.To.Src.Port()) },
+			11: func(e *Entry) { e.To.Dst = netip.AddrPortFrom(e.To.Dst.Addr().Next(), e.To.Dst.Port()) },
 		}
-		var bound, asked []*Pair
+		var bound []*Pair
 		for n := range FlowJobs {
 			p := f.pairOf(n)
-			must(t, j.Bind(p, false))
-			q := &Pair{p.Client, p.Backend, &Entry{Flow: Flow{Generation: p.Up.Flow.Generation}, To: p.Up.To}, nil}
 			if change := foreign[n]; change != nil {
-				change(q)
+				change(p.Up)
 			}
-			bound, asked = append(bound, p), append(asked, q)
+			must(t, j.Bind(p, false))
+			bound = append(bound, p)
 		}
 		missing := []int{20, 21}
 		must(t, r.tables.DeleteFlow(LegClient, bound[20].Client))
 		must(t, r.tables.DeleteFlow(LegBackend, bound[21].Backend))
 
-		for _, q := range asked {
-			j.Read(q)
+		for n, p := range bound {
+			j.Read(p.Client, p.Backend, uint16(n))
 		}
 		must(t, j.Run())
 		for n, p := range bound {
@@ -172,8 +171,8 @@ func TestJobsReadRemove(t *testing.T) {
 			}
 		}
 
-		for _, q := range asked {
-			j.Remove(q)
+		for n, p := range bound {
+			j.Remove(p.Client, p.Backend, uint16(n))
 		}
 		must(t, j.Run())
 		for n, p := range bound {
@@ -196,12 +195,12 @@ func TestJobsCount(t *testing.T) {
 	one, two := f.pairOf(1), f.pairOf(2)
 	must(t, j.Bind(one, false))
 	must(t, j.Bind(two, false))
-	j.Remove(one)
-	j.Remove(two)
+	j.Remove(one.Client, one.Backend, 1)
+	j.Remove(two.Client, two.Backend, 2)
 	must(t, j.Run())
 	must(t, j.Bind(one, false))
 	must(t, j.Bind(two, false))
-	j.Remove(one) // the second place still says to remove two
+	j.Remove(one.Client, one.Backend, 1) // the second place still says to remove two
 	must(t, j.Run())
 	r.wantEntries(one, nil, nil)
 	r.wantEntries(two, two.Up, two.Down)

@@ -78,7 +78,7 @@ func (h *handshake) settle(w *worker, f *flow) {
 	w.drop(h)
 	w.flows[h.connection] = f
 	w.enroll(f)
-	w.timers.set(&f.timer, w.now+int64(f.timeouts.unconfirmed))
+	w.timers.set(&f.timer, w.now+int64(f.timeouts.Unconfirmed))
 	w.e.flows.Add(1)
 	w.stats.handshakes++
 	w.stats.handshakeNanoseconds += uint64(w.now - h.started)

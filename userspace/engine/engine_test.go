@@ -5,14 +5,13 @@ package engine
 import (
 	"bytes"
 	"encoding/binary"
-	"math/rand/v2"
 	"net/netip"
-	"slices"
 	"testing"
 	"time"
 	"unsafe"
 
 	"snilb/maps"
+	"snilb/userspace/config"
 	"snilb/userspace/packet"
 )
 
@@ -94,39 +93,6 @@ func TestShifts(t *testing.T) {
 		if up != c.toBackend || down != c.toClient {
 			t.Errorf("%s: shifts %d and %d, want %d and %d", c.name, up, down, c.toBackend, c.toClient)
 		}
-	}
-}
-
-type timerOwner struct{ timer }
-
-func (*timerOwner) expire(*worker) {}
-
-// Whatever is set, moved and stopped, timers come due in their order.
-func TestTimers(t *testing.T) {
-	r := rand.New(rand.NewPCG(1, 2))
-	var ts timers
-	owners := make([]timerOwner, 300)
-	want := make(map[*timer]int64)
-	for range 5000 {
-		o := &owners[r.IntN(len(owners))]
-		o.owner = o
-		at := int64(r.IntN(1000))
-		ts.set(&o.timer, at)
-		want[&o.timer] = at
-		if at == 0 {
-			delete(want, &o.timer)
-		}
-	}
-	var fired []int64
-	for one := ts.due(2000); one != nil; one = ts.due(2000) {
-		if _, ok := want[one]; !ok {
-			t.Fatal("a stopped timer came due")
-		}
-		fired = append(fired, want[one])
-		delete(want, one)
-	}
-	if len(want) != 0 || !slices.IsSorted(fired) {
-		t.Errorf("%d timers never came, in order: %v", len(want), slices.IsSorted(fired))
 	}
 }
 
@@ -229,7 +195,7 @@ func TestOutliveReset(t *testing.T) {
 		"goes on":               {8 * time.Second, time.Second, time.Second, maps.LegClient, true},
 		"backend goes on":       {8 * time.Second, 8 * time.Second, time.Second, maps.LegBackend, true},
 	} {
-		f := &flow{closing: &closing{reset: true, resetBy: c.by, resetAt: now - int64(c.reset)}, timeouts: &timeouts{idle: time.Hour, closing: time.Minute}}
+		f := &flow{closing: &closing{reset: true, resetBy: c.by, resetAt: now - int64(c.reset)}, timeouts: &config.Timeouts{Idle: time.Hour, Closing: time.Minute}}
 		up, down := ago(c.client), ago(c.back)
 		f.outliveReset(now, up, down)
 		f.noticeEnds(&maps.Entry{}, &maps.Entry{})

@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"snilb/maps"
+	"snilb/userspace/config"
 	"snilb/userspace/packet"
 	"snilb/userspace/pool"
 )
@@ -18,6 +19,9 @@ const (
 	// closedQuiet is how long a flow whose FINs are both acknowledged must be
 	// silent: the last ACK may be asked for again.
 	closedQuiet = 2 * time.Second
+	// closedHurry is closedQuiet while ports towards the backend are scarce. Who asks once more for the last ACK is then
+	// answered by a reset, which its application, long done, does not see; a new connection would see that there is no port.
+	closedHurry = 100 * time.Millisecond
 	// outlived is how long after its RST a side that still sends is alive.
 	outlived = 3 * time.Second
 	// resetQuiet is how long a flow must be silent after a RST, which may have
@@ -38,14 +42,12 @@ type flow struct {
 	backend    *pool.Backend
 	route, sni string
 	bound      int64
-	place      int // in worker.order
-	timeouts   *timeouts
-	outlived   [2]bool         // by leg: a RST of it was no end
-	closing    *closing        // nil while neither side ended
-	origin     *netip.AddrPort // the client by its PROXY header; nil: no other than the peer
+	place      int              // in worker.order
+	timeouts   *config.Timeouts // of its pool, which a reload leaves as it is
+	outlived   [2]bool          // by leg: a RST of it was no end
+	closing    *closing         // nil while neither side ended
+	origin     *netip.AddrPort  // the client by its PROXY header; nil: no other than the peer
 }
-
-type timeouts struct{ unconfirmed, idle, closing time.Duration }
 
 // closing is what a flow's FINs and RSTs said.
 type closing struct {
@@ -63,7 +65,6 @@ func (c *closing) bothFINs() bool { return c.fin[maps.LegClient] && c.fin[maps.L
 
 func newFlow(h *handshake, generation uint16) *flow {
 	a := &h.attempt
-	t := h.decision.pool.Config.Timeouts
 	f := &flow{
 		connection: h.connection,
 		cookie:     h.cookie,
@@ -74,7 +75,7 @@ func newFlow(h *handshake, generation uint16) *flow {
 		route:      h.decision.routeName(),
 		sni:        h.sni,
 		bound:      h.progress,
-		timeouts:   &timeouts{t.Unconfirmed, t.Idle, t.Closing},
+		timeouts:   &h.decision.pool.Config.Timeouts,
 	}
 	if r := h.decision.route; r != nil {
 		f.routeID = uint16(r.Index + 1)
@@ -132,15 +133,17 @@ func (w *worker) flowOf(leg maps.Leg, s *packet.Segment) *flow {
 func (f *flow) quiet(acknowledged bool) time.Duration {
 	switch c := f.closing; {
 	case c == nil:
-		return f.timeouts.idle
+		return f.timeouts.Idle
 	case c.reset:
-		return min(resetQuiet, f.timeouts.closing)
+		return min(resetQuiet, f.timeouts.Closing)
+	case c.bothFINs() && f.local.ports != nil && f.local.ports.scarce():
+		return closedHurry
 	case c.bothFINs() && acknowledged:
 		return closedQuiet
 	case c.bothFINs():
-		return min(closedQuiet, f.timeouts.closing)
+		return min(closedQuiet, f.timeouts.Closing)
 	}
-	return f.timeouts.closing
+	return f.timeouts.Closing
 }
 
 // expire looks at a closing flow again.
@@ -149,10 +152,10 @@ func (f *flow) expire(w *worker) { w.review([]*flow{f}) }
 // review reads the entries of at most maps.FlowJobs flows and removes those that are over.
 func (w *worker) review(flows []*flow) {
 	for _, f := range flows {
-		w.jobs.Read(f.pair())
+		w.jobs.Read(f.clientTuple(), f.backendTuple(), f.generation)
 	}
 	failed := w.jobs.Run()
-	over := make([]ended, 0, len(flows))
+	over := w.over[:0]
 	for i, f := range flows {
 		err := failed
 		if err == nil {
@@ -163,6 +166,8 @@ func (w *worker) review(flows []*flow) {
 		}
 	}
 	w.remove(over...)
+	clear(over) // nothing here keeps a flow
+	w.over = over
 }
 
 // ended is a flow to be removed, and why.
@@ -249,7 +254,7 @@ func (f *flow) outliveReset(now int64, up, down *maps.Entry) {
 
 func (f *flow) quietNow(up, down *maps.Entry) time.Duration {
 	if f.closing != nil && f.closing.bothFINs() && !f.closing.reset && !f.acknowledged(up, down) {
-		return f.timeouts.closing
+		return f.timeouts.Closing
 	}
 	return f.quiet(true)
 }
@@ -268,7 +273,7 @@ func (f *flow) over(now int64, up, down *maps.Entry, silent time.Duration) strin
 		return "closing_timeout"
 	case f.closing == nil && quiet > 0 && silent >= quiet:
 		return "idle"
-	case !up.Has(maps.FlowConfirmed) && now-f.bound >= int64(f.timeouts.unconfirmed):
+	case !up.Has(maps.FlowConfirmed) && now-f.bound >= int64(f.timeouts.Unconfirmed):
 		return "unconfirmed"
 	}
 	return ""
@@ -311,15 +316,6 @@ func (f *flow) tellBoth(w *worker, up, down *maps.Entry) {
 	w.send(&toBackend)
 }
 
-// pair is what the flow's entries are found by.
-func (f *flow) pair() *maps.Pair {
-	back := f.backendTuple()
-	return &maps.Pair{
-		Client: f.clientTuple(), Backend: back,
-		Up: &maps.Entry{Flow: maps.Flow{Generation: f.generation}, To: back.Reverse()},
-	}
-}
-
 // remove forgets a flow at once.
 func (f *flow) remove(w *worker, reason string) { w.remove(ended{f, reason}) }
 
@@ -329,7 +325,7 @@ func (w *worker) remove(all ...ended) {
 		return
 	}
 	for _, e := range all {
-		w.jobs.Remove(e.flow.pair())
+		w.jobs.Remove(e.flow.clientTuple(), e.flow.backendTuple(), e.flow.generation)
 	}
 	if err := w.jobs.Run(); err != nil {
 		w.log.limited(w.now, "flows not removed", "error", err)

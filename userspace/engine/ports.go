@@ -23,6 +23,7 @@ type pathKey struct {
 // range, so that the kernel can tell the worker from the port.
 type ports struct {
 	next, last, step int // never used yet: next, next+step ... last
+	all              int
 	free             queue[uint16]
 	resting          queue[rest]
 }
@@ -36,7 +37,17 @@ type rest struct {
 // instance's range; that begins at base, with worker 0.
 func newPorts(base, first, last uint16, worker, workers int) *ports {
 	ahead := (worker - int(first-base)%workers + workers) % workers
-	return &ports{next: int(first) + ahead, last: int(last), step: workers}
+	p := &ports{next: int(first) + ahead, last: int(last), step: workers}
+	p.all = p.unused()
+	return p
+}
+
+// unused are the ports never used yet.
+func (p *ports) unused() int { return max(0, (p.last-p.next+p.step)/p.step) }
+
+// scarce reports whether more than half of the ports are in use: those of closed flows should come back soon.
+func (p *ports) scarce() bool {
+	return 2*(p.unused()+p.free.len()+p.resting.len()) < p.all
 }
 
 // take returns the port that has been unused the longest. When only resting ones
@@ -98,6 +109,8 @@ type queue[T any] struct {
 }
 
 func (q *queue[T]) push(x T) { q.items = append(q.items, x) }
+
+func (q *queue[T]) len() int { return len(q.items) - q.head }
 
 func (q *queue[T]) first() (T, bool) {
 	if q.head == len(q.items) {

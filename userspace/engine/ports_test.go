@@ -143,3 +143,25 @@ func TestNumbersOfSourceClient(t *testing.T) {
 		t.Errorf("our own port has the client's numbers")
 	}
 }
+
+// Ports are scarce when less than half of them are free, resting or never used.
+func TestPortsScarce(t *testing.T) {
+	p := newPorts(10000, 10000, 10099, 1, 2) // fifty
+	var taken []uint16
+	for n := range 50 {
+		if want := n > 25; p.scarce() != want {
+			t.Errorf("with %d of 50 taken: scarce is %v", n, !want)
+		}
+		port, ok := p.take(0, unused)
+		if !ok {
+			t.Fatal("no port")
+		}
+		taken = append(taken, port)
+	}
+	for n, port := range taken {
+		if want := n < 25; p.scarce() != want {
+			t.Errorf("with %d of 50 given back: scarce is %v", n, !want)
+		}
+		p.give(0, port, n%2 == 0)
+	}
+}

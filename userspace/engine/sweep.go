@@ -12,7 +12,7 @@ import (
 const (
 	// sweepInterval is between two steps of a sweep, sweepRound what a sweep of a small table takes.
 	sweepInterval = 100 * time.Millisecond
-	sweepRound    = time.Second
+	sweepRound    = 10 * time.Second
 	// sweepMost bounds the flows of one step, some 0.2 ms of work: a sweep of a million flows takes some minutes.
 	sweepMost = 8 * maps.FlowJobs
 )

@@ -41,6 +41,7 @@ type worker struct {
 	now        int64 // CLOCK_MONOTONIC ns, read once an event
 	timers     timers
 	due        []*flow // of those, in one look
+	over       []ended // of those, kept for its memory
 	handshakes map[connection]*handshake
 	flows      map[connection]*flow
 	order      []*flow // all flows, as the sweep comes by
@@ -133,9 +134,6 @@ func (w *worker) read(r *ring) bool {
 // quietInterval is how long the end of a flow may wait for the engine to look.
 const quietInterval = 100 * time.Millisecond
 
-// timerGrid is what timers are late by at most, so that those of many connections are one wake-up.
-const timerGrid = int64(4 * time.Millisecond)
-
 // patience is how long until the next timer ends or the quiet ring must be read, or a little longer. The sweep may start
 // a timer meanwhile, which then waits for this or the next event: a second at the most.
 func (w *worker) patience() time.Duration {
@@ -149,7 +147,7 @@ func (w *worker) patience() time.Duration {
 	if next := w.timers.next(); next != 0 && next < at {
 		at = next
 	}
-	return time.Duration((at/timerGrid+1)*timerGrid - now)
+	return time.Duration((at>>tickShift+1)<<tickShift - now)
 }
 
 // runTimers has what is due looked at: flows together, since that takes system calls.
