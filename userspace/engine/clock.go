@@ -32,9 +32,6 @@ func newClock() clock {
 // now is CLOCK_MONOTONIC in ns.
 func (c clock) now() int64 { return c.base + int64(time.Since(c.start)) }
 
-// at is the time.Time of a reading of now, for deadlines.
-func (c clock) at(now int64) time.Time { return c.start.Add(time.Duration(now - c.base)) }
-
 // idle is how long ago a flow's last_seen (units of 2^20 ns, modulo 2^32) was.
 func idle(now int64, lastSeen uint32) time.Duration {
 	age := int32(uint32(now>>20) - lastSeen)
