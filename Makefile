@@ -29,7 +29,7 @@ GENERATED   = maps/snilb_bpfel.o maps/snilb_bpfel.go
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-short demo clean
+.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-packets bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench: bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in 20
 	$(GO) run ./scripts/bench -modes "$(MODES)" -readme
 
 # Timings decide nothing here: that all connections succeed and all bytes come does.
+bench-packets: bpffs ## connections and packets a second of the load tool's packet generator, by itself
+	$(GO) test ./scripts/e2e -run '^$$' -bench '^Benchmark(Packets|Flood)$$' -benchtime 1x -timeout 20m
+
 bench-short: bpffs build ## the same in a minute, to see that it works
 	$(GO) run ./scripts/bench -modes "$(MODES)" -short
 

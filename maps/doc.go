@@ -3,7 +3,7 @@
 // Package maps is the contract between the kernel programs and Go: the compiled
 // object, the types both sides share, and typed access to the maps.
 //
-// The table of the maps. All but scratch and allowance are pinned by the
+// The table of the maps. All but jobs, scratch and allowance are pinned by the
 // loader below /sys/fs/bpf/snilb/NAME/.
 //
 //	map             key -> value                 written by            read by           full means
@@ -20,6 +20,10 @@
 //	control         0 -> heartbeat, clock, keys  daemon, once a second client program    cannot
 //	rings           worker -> ring buffer        kernel programs       engine, one       the packet is lost and
 //	                                                                   reader a ring     counted; TCP repeats it
+//	                worker+64 -> its quiet one,  kernel programs       the same reader,  the sweep sees it in
+//	                for ends of flows                                  in its own time   the entries
+//	jobs            worker -> what is to be      engine, by mapped     jobs program,     cannot
+//	                done with flows, results     memory                which answers
 //	counters        slot -> packets by reason,   kernel programs       daemon            interfaces share the last
 //	                per CPU                                                              slot
 //	scratch, allowance: one CPU's working memory of the programs; the allowance of
