@@ -303,11 +303,16 @@ func (c *client) gotSegment(slot int32, k *clientConn, s *packet.Segment) {
 		c.control(k, packet.ACK) // of what is missing
 		return
 	}
-	k.window = uint32(s.Window) << k.peerScale
+	if s.Ack-k.iss-1 <= k.sent+1 { // no acknowledgment of what was never sent
+		k.window = uint32(s.Window) << k.peerScale
+	}
 	if s.Options.HasTimestamps {
 		k.tsRecent = s.Options.TSVal
 	}
 	c.gotACK(slot, k, s.Ack)
+	if k.state == helloSent && k.window > 0 && k.sent == 0 {
+		c.sendHello(k) // the window was closed until now
+	}
 	news := c.absorb(k, s)
 	switch {
 	case k.state == helloSent && int64(k.got) >= int64(c.load.Reply):
@@ -385,6 +390,11 @@ func (c *client) sendSYN(k *clientConn) {
 
 // sendHello sends what the window and the burst allow of what was not sent yet.
 func (c *client) sendHello(k *clientConn) {
+	if k.window == 0 && k.sent == 0 {
+		// A proxy of SYNs opens it when it has reached the server.
+		c.control(k, packet.ACK)
+		return
+	}
 	size := uint32(k.size)
 	c.sendUpTo(k, min(uint32(len(c.flights[k.hello].data)), k.acked+min(max(k.window, size), burst*size)))
 }

@@ -587,6 +587,41 @@ func TestPacketBeyond(t *testing.T) {
 	})
 }
 
+// TestPacketClosedWindow is a proxy of SYNs: its SYN-ACK closes the window, and opens it when it has the handshake's end.
+func TestPacketClosedWindow(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l Load, sources netip.Prefix) {
+		l.Concurrency = 1
+		b := newTable(t, l, sources, 1)
+		closed, early := false, 0
+		honest := b.cend.to
+		b.send.to = func(frame []byte) {
+			s := segment(t, frame)
+			if s.Has(packet.SYN) {
+				closed, s.Window = true, 0
+			}
+			b.cend.deliver(s.Append(make([]byte, ethernetHeader)))
+		}
+		b.cend.to = func(frame []byte) {
+			s := segment(t, frame)
+			switch {
+			case closed && len(s.Payload) > 0:
+				early++
+			case closed && s.Has(packet.ACK) && !s.Has(packet.FIN):
+				closed = false
+				a := packet.Segment{Src: s.Dst, Dst: s.Src, Seq: s.Ack, Ack: s.Seq, Flags: packet.ACK, Window: 1000}
+				b.cend.deliver(a.Append(make([]byte, ethernetHeader)))
+			}
+			honest(frame)
+		}
+		b.run(50 * time.Millisecond)
+		r := b.end(time.Second)
+		wantAll(t, r)
+		if early > 0 || r.Attempts < 5 || r.Latency.Max > 100_000 {
+			t.Errorf("%d hellos into a closed window, %d attempts, latency %+v", early, r.Attempts, r.Latency)
+		}
+	})
+}
+
 func TestSegmentSize(t *testing.T) {
 	for _, c := range []struct {
 		mss, wanted int
