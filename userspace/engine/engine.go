@@ -5,9 +5,10 @@
 // flow entries and replays the hello. From then on the kernel moves the packets,
 // and the engine hears of the flow again when it ends.
 //
-// Events arrive on one ring a worker. A worker owns its half-open handshakes, its
-// bound flows and its slice of the source ports: the cookie of a connection names
-// the worker, and the ports it uses bring the backend's packets to the same one.
+// Events arrive on two rings a worker: one wakes it, the quiet one, with the ends of
+// flows, is read along. A worker owns its half-open handshakes, its bound flows and
+// its slice of the source ports: a client's address and port belong to one worker,
+// and the ports it uses bring the backend's packets to the same one.
 package engine
 
 import (
