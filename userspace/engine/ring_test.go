@@ -20,7 +20,8 @@ type producer struct {
 	prog *ebpf.Program
 }
 
-const recordSize = 200
+// recordSize is no multiple of the eight bytes that records are aligned to.
+const recordSize = 197
 
 // newProducer makes a ring of a page, and a program that writes the first bytes of its packet to it.
 func newProducer(t *testing.T, flags int32) *producer {
@@ -191,14 +192,30 @@ func TestWaiter(t *testing.T) {
 		r.next()
 		r.done()
 	}
-	for _, d := range []time.Duration{-1, 0, awake / 5, awake, 4 * awake} {
-		end := time.Now().Add(d)
-		for time.Until(end) > 0 {
+	for _, d := range []time.Duration{-time.Second, 0, awake / 5, awake, 20 * awake} {
+		waits := 0
+		for end := time.Now().Add(d); waits == 0 || time.Until(end) > 0; waits++ {
 			if err := w.wait(time.Until(end)); err != nil {
 				t.Fatal(err)
 			}
 		}
+		if waits > 8 { // more than signals end early
+			t.Errorf("%d waits took %v", waits, d)
+		}
 	}
+	// What is there already ends a wait at once.
+	p.write(2)
+	begun := time.Now()
+	for range 400 {
+		if err := w.wait(awake); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(begun); took > 400*awake/2 {
+		t.Errorf("400 waits for what was there took %v", took)
+	}
+	r.next()
+	r.done()
 	go func() {
 		time.Sleep(4 * awake)
 		if err := w.close(); err != nil {

@@ -41,7 +41,7 @@ const awake = 5 * time.Millisecond
 // that is done for an event, because each time it also wakes another thread to look for more work. A signal ends this
 // wait, so that the garbage collector need not wait for it.
 func (w *waiter) wait(d time.Duration) error {
-	if w.closed.Load() || d <= 0 {
+	if d <= 0 {
 		return nil
 	}
 	timeout := unix.NsecToTimespec(int64(min(d, awake)))
