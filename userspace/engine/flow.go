@@ -5,6 +5,7 @@ package engine
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -151,6 +152,11 @@ func (f *flow) expire(w *worker) { w.review([]*flow{f}) }
 
 // review reads the entries of at most maps.FlowJobs flows and removes those that are over.
 func (w *worker) review(flows []*flow) {
+	// Between its timer and this, a handshake's may have found that the flow is over and removed it.
+	flows = slices.DeleteFunc(flows, func(f *flow) bool { return f.place == struck })
+	if len(flows) == 0 {
+		return
+	}
 	for _, f := range flows {
 		w.jobs.Read(f.clientTuple(), f.backendTuple(), f.generation)
 	}

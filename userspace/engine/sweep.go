@@ -76,4 +76,8 @@ func (w *worker) strike(f *flow) {
 	w.order[f.place].place = f.place
 	w.order[last] = nil
 	w.order = w.order[:last]
+	f.place = struck
 }
+
+// struck is the place of a flow that was removed.
+const struck = -1

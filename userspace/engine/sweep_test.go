@@ -33,3 +33,16 @@ func TestSweepOrder(t *testing.T) {
 		}
 	}
 }
+
+// TestReviewOfRemoved looks at a flow that was removed while its turn came: nothing must be done to it once more.
+func TestReviewOfRemoved(t *testing.T) {
+	w := &worker{} // without jobs: to read it would panic
+	f, other := &flow{}, &flow{}
+	w.enroll(f)
+	w.enroll(other)
+	w.strike(f)
+	w.review([]*flow{f})
+	if len(w.order) != 1 || w.order[0] != other || other.place != 0 {
+		t.Errorf("the order is %v", w.order)
+	}
+}
