@@ -6,6 +6,7 @@ import (
 	be "encoding/binary"
 	"net/netip"
 	"testing"
+	"time"
 
 	"snilb/scripts/testbed"
 )
@@ -29,6 +30,8 @@ func TestLossSACK(t *testing.T) {
 					bed.ClientWire.Record()
 					bed.BackendWire.Record()
 					move(t, bed, vip(bed, v6), "a.example.com", size)
+					bed.ClientWire.Settle(100 * time.Millisecond)
+					bed.BackendWire.Settle(100 * time.Millisecond)
 					client, backend := streamsOf(bed.ClientWire.Recorded(), toLB), streamsOf(bed.BackendWire.Recorded(), fromLB)
 					checkSACK(t, client, backend, way == "download")
 				})

@@ -102,6 +102,23 @@ func (w *Wire) Record() {
 	w.recording, w.frames = true, nil
 }
 
+// Settle waits until the record has not grown for that long: what one wire carried last is then on its way over the other no
+// more. It gives up after a hundred times that.
+func (w *Wire) Settle(quiet time.Duration) {
+	count := func() int {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return len(w.frames)
+	}
+	for range 100 {
+		before := count()
+		time.Sleep(quiet)
+		if count() == before {
+			return
+		}
+	}
+}
+
 // Recorded ends the record and returns it.
 func (w *Wire) Recorded() []Frame {
 	w.mu.Lock()
