@@ -133,7 +133,7 @@ func packetLoad(tb testing.TB, target netip.AddrPort, layout string) bench.Load 
 	hellos, err := bench.NewHellos(bench.HelloOptions{Layout: layout, Names: names})
 	check(tb, err)
 	return bench.Load{
-		Target: target, Rate: 2000, Concurrency: 2000, Duration: 2 * time.Second, Timeout: 15 * time.Second, Hellos: hellos, Reply: 1,
+		Target: target, Rate: 2000, Concurrency: 2000, Duration: time.Second, Timeout: 15 * time.Second, Hellos: hellos, Reply: 1,
 	}
 }
 
