@@ -163,7 +163,7 @@ func TestBenchPackets(t *testing.T) {
 		servePackets(t, bed.Backend, -1, bench.PacketServer{Interface: "eth0", Listen: packetBackends(bed), Reply: 1, XDP: xdp})
 		for _, layout := range []string{"go-classic", "go"} {
 			r, _ := sendPackets(t, bed, -1, packetLoad(t, at(bed, 1, v6, 443), layout), xdp)
-			wantPackets(t, r, 4000)
+			wantPackets(t, r, 2000)
 		}
 	})
 }
@@ -177,7 +177,7 @@ func TestBenchPacketsBalanced(t *testing.T) {
 		servePackets(t, bed.Backend, -1, bench.PacketServer{Interface: "eth0", Listen: packetBackends(bed), Reply: 1, XDP: xdp})
 		for _, layout := range []string{"go-classic", "go"} {
 			r, _ := sendPackets(t, bed, -1, packetLoad(t, vip(bed, v6), layout), xdp)
-			wantPackets(t, r, 4000)
+			wantPackets(t, r, 2000)
 		}
 		d.noFlows(10 * time.Second)
 	})
