@@ -62,15 +62,17 @@ static __always_inline bool job_owns(const struct pair *p, const struct flow *fo
 	return true;
 }
 
-/* Copies both flows out, and removes them if that is the job. Nobody else can have
- * the backend's.
+/* Copies both flows out, and removes them if that is the job: each only if it is of
+ * this flow. Two proxies may bring clients of one address and port, so even the
+ * backend's may be another's by now.
  */
 static __always_inline int job_read(const struct pair *p, struct flow_job *job)
 {
 	struct flow *up = bpf_map_lookup_elem(p->table, p->client);
 	struct flow *down = bpf_map_lookup_elem(p->table, p->backend);
 	bool owned = up && job_owns(p, up, p->up);
-	bool whole = owned && down && down->generation == job->up.flow.generation;
+	bool back = down && down->generation == job->up.flow.generation;
+	bool whole = owned && back;
 
 	if (whole) {
 		job->up.flow = *up;
@@ -79,7 +81,8 @@ static __always_inline int job_read(const struct pair *p, struct flow_job *job)
 	if (job->op == FLOW_JOB_REMOVE) {
 		if (owned)
 			bpf_map_delete_elem(p->table, p->client);
-		bpf_map_delete_elem(p->table, p->backend);
+		if (back)
+			bpf_map_delete_elem(p->table, p->backend);
 		return 0;
 	}
 	return whole ? 0 : -ENOENT;

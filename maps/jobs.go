@@ -143,9 +143,9 @@ func (j *Jobs) Result(i int) error {
 	}
 }
 
-// Flows are both directions' flows as a Read of the last Run found them.
+// Flows are both directions' flows as a Read of the last Run found them, without their addresses.
 func (j *Jobs) Flows(i int) (up, down Entry) {
-	return entry6(&j.jobs[i].Up), entry6(&j.jobs[i].Down)
+	return Entry{Flow: j.jobs[i].Up.Flow}, Entry{Flow: j.jobs[i].Down.Flow}
 }
 
 func value6(e *Entry) Flow6 {

@@ -5,6 +5,7 @@ package maps
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -148,7 +149,11 @@ func TestJobsReadRemove(t *testing.T) {
 			must(t, j.Bind(p, false))
 			bound = append(bound, p)
 		}
-		missing := []int{20, 21}
+		anothers := bound[30]
+		must(t, r.tables.DeleteFlow(LegBackend, anothers.Backend))
+		anothers.Down.Flow.Generation++
+		must(t, r.tables.InsertFlow(LegBackend, anothers.Backend, anothers.Down))
+		missing := []int{20, 21, 30}
 		must(t, r.tables.DeleteFlow(LegClient, bound[20].Client))
 		must(t, r.tables.DeleteFlow(LegBackend, bound[21].Backend))
 
@@ -157,7 +162,7 @@ func TestJobsReadRemove(t *testing.T) {
 		}
 		must(t, j.Run())
 		for n, p := range bound {
-			if foreign[n] != nil || n == missing[0] || n == missing[1] {
+			if foreign[n] != nil || slices.Contains(missing, n) {
 				if err := j.Result(n); !errors.Is(err, ebpf.ErrKeyNotExist) {
 					t.Errorf("flow %d: %v, want none", n, err)
 				}
@@ -177,10 +182,14 @@ func TestJobsReadRemove(t *testing.T) {
 		must(t, j.Run())
 		for n, p := range bound {
 			must(t, j.Result(n))
-			if foreign[n] != nil {
+			switch {
+			case foreign[n] != nil:
 				r.wantEntries(p, p.Up, nil)
 				r.clear(p)
-			} else {
+			case p == anothers:
+				r.wantEntries(p, nil, p.Down)
+				r.clear(p)
+			default:
 				r.wantEntries(p, nil, nil)
 			}
 		}

@@ -69,7 +69,7 @@ func attachFlags() []cli.Flag {
 		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` a dead daemon's new connections meet: pass", Value: "pass"},
 		&cli.DurationFlag{Name: "drain-timeout", Usage: "how long connections may go on after TERM, as `DURATION`", Value: defaultDrainTimeout},
 		&cli.StringFlag{Name: "log-format", Usage: "`FORMAT`: text or json", Value: "text"},
-		&cli.IntFlag{Name: "workers", Hidden: true, Value: min(runtime.NumCPU(), defaultMaxWorkers)},
+		&cli.IntFlag{Name: "workers", Hidden: true, Value: min(runtime.GOMAXPROCS(0), defaultMaxWorkers)},
 		&cli.StringFlag{Name: "source-ports", Hidden: true, Value: fmt.Sprintf("%d-%d", loader.DefaultSourcePortFirst, loader.DefaultSourcePortLast)},
 		// Part of the contract, but not built yet.
 		&cli.BoolFlag{Name: "watch", Hidden: true},

@@ -118,6 +118,9 @@ func (r *reader) network(s scalar, what string) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
+// maxDuration keeps sums with the clock's nanoseconds far from their end.
+const maxDuration = 8760 * time.Hour
+
 // duration reads a time above zero. With none allowed, the word returns 0.
 func (r *reader) duration(node ast.Node, what string, none bool, into *time.Duration) {
 	s, ok := r.scalar(node, what)
@@ -144,6 +147,8 @@ func (r *reader) duration(node ast.Node, what string, none bool, into *time.Dura
 			remedy = "write a time, or none to switch it off"
 		}
 		r.refuse(s.pos, fmt.Sprintf("%s must be above zero", what), remedy)
+	case d > maxDuration:
+		r.refuse(s.pos, fmt.Sprintf("%s is more than a year", what), "write a time up to 8760h")
 	default:
 		*into = d
 	}

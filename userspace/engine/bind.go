@@ -16,6 +16,7 @@ import (
 // bind writes both entries, the backend's direction first, and replays the hello.
 // From the second insert on the flow is the kernel's.
 func (h *handshake) bind(w *worker) {
+	w.hearEnds()
 	a := &h.attempt
 	limit := w.e.plan.Load().config.Limits.Flows
 	back, err := w.e.o.NextHop(h.client.Addr())

@@ -20,9 +20,10 @@ const (
 	// closedQuiet is how long a flow whose FINs are both acknowledged must be
 	// silent: the last ACK may be asked for again.
 	closedQuiet = 2 * time.Second
-	// closedHurry is closedQuiet while ports towards the backend are scarce. Who asks once more for the last ACK is then
-	// answered by a reset, which its application, long done, does not see; a new connection would see that there is no port.
-	closedHurry = 100 * time.Millisecond
+	// closedHurry is closedQuiet while ports towards the backend are scarce: longer than the first repetition of a FIN takes
+	// on most ways (RFC 6298 with Linux's least of 200 ms). Who asks for the last ACK later than that is answered by a
+	// reset, where a new connection would find no port.
+	closedHurry = 300 * time.Millisecond
 	// outlived is how long after its RST a side that still sends is alive.
 	outlived = 3 * time.Second
 	// resetQuiet is how long a flow must be silent after a RST, which may have
@@ -333,10 +334,16 @@ func (w *worker) remove(all ...ended) {
 	for _, e := range all {
 		w.jobs.Remove(e.flow.clientTuple(), e.flow.backendTuple(), e.flow.generation)
 	}
-	if err := w.jobs.Run(); err != nil {
+	err := w.jobs.Run()
+	if err != nil {
 		w.log.limited(w.now, "flows not removed", "error", err)
 	}
 	for _, e := range all {
+		if err != nil && e.reason != "replaced" {
+			// Its entries are there, so its port must not be anybody else's.
+			w.timers.set(&e.flow.timer, w.now+int64(time.Second))
+			continue
+		}
 		e.flow.forget(w, e.reason)
 	}
 }

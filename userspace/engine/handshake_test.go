@@ -55,6 +55,7 @@ func newDesk(t *testing.T, settings string) *desk {
 	d.worker = newWorker(e, 0, &d.out)
 	e.workers = []*worker{d.worker}
 	d.now = int64(time.Hour)
+	d.timers.tick = 0
 	return d
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
+	"runtime"
 	"sync/atomic"
 	"unsafe"
 
@@ -61,10 +62,13 @@ func (r *ring) hasData() bool { return r.producer.Load() != r.at }
 
 // next returns the next record, nil if there is none. It stands until done.
 func (r *ring) next() []byte {
-	for r.hasData() {
+	for spins := 0; r.hasData(); spins++ {
 		header := (*atomic.Uint32)(unsafe.Pointer(&r.data[r.at&r.mask])).Load()
 		if header&recordBusy != 0 {
-			// A CPU is writing it, and will be done in well under a microsecond.
+			// A CPU is writing it, and will be done in well under a microsecond, unless its host took it away.
+			if spins > 1000 {
+				runtime.Gosched()
+			}
 			continue
 		}
 		length := header &^ (recordBusy | recordDiscard)

@@ -4,6 +4,8 @@ package engine
 
 import (
 	"bytes"
+	"encoding/binary"
+	"net/netip"
 	"os"
 	"runtime"
 	"testing"
@@ -11,6 +13,10 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+
+	"snilb/maps"
+	"snilb/userspace/config"
+	"snilb/userspace/packet"
 )
 
 // producer writes records into a ring buffer map by a kernel program.
@@ -59,9 +65,12 @@ func newProducer(t *testing.T, flags int32) *producer {
 	return &producer{t, ring, prog}
 }
 
-// write returns false when the ring is full.
-func (p *producer) write(fill byte) bool {
-	ret, err := p.prog.Run(&ebpf.RunOptions{Data: bytes.Repeat([]byte{fill}, recordSize)})
+// write writes a record of one byte over and over. Returns false when the ring is full.
+func (p *producer) write(fill byte) bool { return p.put(bytes.Repeat([]byte{fill}, recordSize)) }
+
+// put writes a record with that begin.
+func (p *producer) put(data []byte) bool {
+	ret, err := p.prog.Run(&ebpf.RunOptions{Data: append(bytes.Clone(data), make([]byte, recordSize-len(data))...)})
 	if err != nil {
 		p.t.Error(err)
 	}
@@ -161,8 +170,14 @@ func needRing(t *testing.T) {
 	t.Skip("needs root")
 }
 
-// TestWaiter waits for a record, which comes at once or when the thread is given up, for a time, and for the end.
 func TestWaiter(t *testing.T) {
+	for name, polite := range map[string]bool{"awake": false, "polite": true} {
+		t.Run(name, func(t *testing.T) { testWaiter(t, polite) })
+	}
+}
+
+// testWaiter waits for a record, which comes at once or when the thread is given up, for a time, and for the end.
+func testWaiter(t *testing.T, polite bool) {
 	const long = time.Minute
 	p := newProducer(t, 0)
 	r := openRing(t, p.ring)
@@ -170,6 +185,7 @@ func TestWaiter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	w.polite = polite
 	defer func() {
 		if err := w.free(); err != nil {
 			t.Error(err)
@@ -284,5 +300,32 @@ func TestWaiterLetsCollect(t *testing.T) {
 		if err := w.free(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestEndsAreHeardFirst has the RST of a connection wait in the quiet ring when the hello of a new one from the same port
+// is dealt with: it is the old one's.
+func TestEndsAreHeardFirst(t *testing.T) {
+	d := newDesk(t, "")
+	p := newProducer(t, 0)
+	d.quiet = openRing(t, p.ring)
+	c := newClient(1)
+	vip := netip.MustParseAddrPort("203.0.113.1:443")
+	old := &flow{connection: connection{c.addr, vip}, cookie: 1, timeouts: &config.Timeouts{Closing: time.Minute}}
+	old.owner = old
+	d.flows[old.connection] = old
+	rst := packet.Segment{Src: c.addr, Dst: vip, Seq: 5, Flags: packet.RST}
+	frame := rst.Append(nil)
+	var header bytes.Buffer
+	err := binary.Write(&header, binary.NativeEndian, maps.EventHeader{
+		Time: uint64(d.e.clock.now()), Kind: uint8(maps.EventClosing), Leg: uint8(maps.LegClient),
+		Length: uint32(len(frame)), Captured: uint16(len(frame)),
+	})
+	if err != nil || !p.put(append(header.Bytes(), frame...)) {
+		t.Fatal("the RST is not in the ring", err)
+	}
+	d.sends(c, 1, []byte{22, 3, 1}, packet.PSH)
+	if old.closing == nil || !old.closing.reset {
+		t.Errorf("the old connection's RST was not heard before the new one: %+v", old.closing)
 	}
 }

@@ -60,6 +60,7 @@ func (w *worker) sweep(n int) {
 	if len(w.due) > 0 {
 		w.now = w.e.clock.now()
 		w.review(w.due)
+		clear(w.due)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 type waiter struct {
 	fds    [2]unix.PollFd // the ring, and an eventfd that ends the wait
 	closed atomic.Bool
+	polite bool // tells the runtime of each wait: for more workers than it has places
 }
 
 func newWaiter(ring *ebpf.Map) (*waiter, error) {
@@ -44,6 +45,9 @@ func (w *waiter) wait(d time.Duration) error {
 	if d <= 0 {
 		return nil
 	}
+	if w.polite {
+		return w.waitParked(d)
+	}
 	timeout := unix.NsecToTimespec(int64(min(d, awake)))
 	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&w.fds)), uintptr(len(w.fds)),
 		uintptr(unsafe.Pointer(&timeout)), 0, 0, 0)
@@ -53,7 +57,12 @@ func (w *waiter) wait(d time.Duration) error {
 	if errno != 0 || n != 0 || d <= awake {
 		return nil
 	}
-	timeout = unix.NsecToTimespec(int64(d - awake))
+	return w.waitParked(d - awake)
+}
+
+// waitParked is wait in a system call that the runtime knows of: others run meanwhile.
+func (w *waiter) waitParked(d time.Duration) error {
+	timeout := unix.NsecToTimespec(int64(d))
 	if _, err := unix.Ppoll(w.fds[:], &timeout, nil); err != nil && !errors.Is(err, unix.EINTR) {
 		return fmt.Errorf("wait for the ring: %w", err)
 	}

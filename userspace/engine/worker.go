@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net/netip"
+	"runtime"
 	"sync"
 	"time"
 	"unsafe"
@@ -57,7 +58,7 @@ type worker struct {
 }
 
 func newWorker(e *Engine, id int, queue io.Writer) *worker {
-	return &worker{
+	w := &worker{
 		e: e, id: id, queue: queue,
 		handshakes: make(map[connection]*handshake),
 		flows:      make(map[connection]*flow),
@@ -66,12 +67,15 @@ func newWorker(e *Engine, id int, queue io.Writer) *worker {
 		log:        limiter{log: e.o.Log},
 		stats:      newStats(),
 	}
+	w.timers.tick = e.clock.now() >> tickShift // or the wheel would turn through all the time since the boot
+	return w
 }
 
 func (w *worker) openRings(main, quiet *ebpf.Map) (err error) {
 	if w.wait, err = newWaiter(main); err != nil {
 		return err
 	}
+	w.wait.polite = len(w.e.o.Rings) > runtime.GOMAXPROCS(0)
 	if w.ring, err = newRing(main); err != nil {
 		return err
 	}
@@ -131,6 +135,13 @@ func (w *worker) read(r *ring) bool {
 	return true
 }
 
+// hearEnds deals with all of the quiet ring. Before a connection takes its place: what is told there of an earlier one from
+// the same port came before it, and is not about it.
+func (w *worker) hearEnds() {
+	for w.quiet != nil && w.read(w.quiet) {
+	}
+}
+
 // quietInterval is how long the end of a flow may wait for the engine to look.
 const quietInterval = 100 * time.Millisecond
 
@@ -169,6 +180,7 @@ func (w *worker) runTimers() {
 			return
 		}
 		w.review(w.due)
+		clear(w.due) // nothing here keeps a flow
 	}
 }
 
@@ -230,6 +242,7 @@ func readEventHeader(raw []byte) maps.EventHeader {
 
 // clientSegment is data, FIN or RST of a client whose cookie is good.
 func (w *worker) clientSegment(listener int, s *packet.Segment) {
+	w.hearEnds()
 	c := connection{client: s.Src, listener: s.Dst}
 	cookie := s.Ack - 1
 	if f := w.flows[c]; f != nil && f.cookie == cookie {
