@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -193,10 +194,11 @@ func testWaiter(t *testing.T, polite bool) {
 	}()
 	for _, after := range []time.Duration{0, awake / 5, 4 * awake} {
 		begun := time.Now()
-		go func() {
+		var writer sync.WaitGroup
+		writer.Go(func() {
 			time.Sleep(after)
 			p.write(1)
-		}()
+		})
 		for !r.hasData() { // a signal may end a wait early
 			if err := w.wait(long); err != nil {
 				t.Fatal(err)
@@ -205,6 +207,7 @@ func testWaiter(t *testing.T, polite bool) {
 				t.Fatalf("a record after %v woke nobody", after)
 			}
 		}
+		writer.Wait()
 		r.next()
 		r.done()
 	}
@@ -232,12 +235,14 @@ func testWaiter(t *testing.T, polite bool) {
 	}
 	r.next()
 	r.done()
-	go func() {
+	var closer sync.WaitGroup
+	closer.Go(func() {
 		time.Sleep(4 * awake)
 		if err := w.close(); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
+	defer closer.Wait()
 	for !w.closed.Load() {
 		if err := w.wait(long); err != nil {
 			t.Fatal(err)
