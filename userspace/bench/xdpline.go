@@ -3,6 +3,7 @@
 package bench
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -15,6 +16,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"snilb/userspace/ringbuf"
 )
 
 // The memory that is shared with the programs: two words, then the frames to send, each behind a word with its length.
@@ -37,8 +40,6 @@ const (
 	xdpPass         = 2
 	ringNoWakeup    = 1
 	ringForceWakeup = 2
-	ringBusy        = 1 << 31
-	ringDiscarded   = 1 << 30
 	liveFrames      = 1 << 1 // BPF_F_TEST_XDP_LIVE_FRAMES
 )
 
@@ -51,9 +52,7 @@ type xdpLine struct {
 	shared  *ebpf.Map
 	memory  []byte
 	records *ebpf.Map
-	control []byte // the consumer's position
-	data    []byte // the producer's position and the records, twice in a row
-	mask    uint64
+	reader  *ringbuf.Reader
 	prog    *ebpf.Program
 	link    link.Link
 	poll    [1]unix.PollFd
@@ -121,12 +120,8 @@ func (x *xdpLine) openMaps(size int) (err error) {
 	if x.records, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(size)}); err != nil {
 		return err
 	}
-	x.mask = uint64(size - 1)
-	if x.control, err = unix.Mmap(x.records.FD(), 0, page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
-		return err
-	}
 	x.poll[0] = unix.PollFd{Fd: int32(x.records.FD()), Events: unix.POLLIN}
-	x.data, err = unix.Mmap(x.records.FD(), int64(page), page+2*size, unix.PROT_READ, unix.MAP_SHARED)
+	x.reader, err = ringbuf.NewReader(x.records)
 	return err
 }
 
@@ -138,10 +133,11 @@ func (x *xdpLine) close() error {
 	if x.prog != nil {
 		errs = append(errs, x.prog.Close())
 	}
-	for _, b := range [][]byte{x.memory, x.control, x.data} {
-		if b != nil {
-			errs = append(errs, unix.Munmap(b))
-		}
+	if x.memory != nil {
+		errs = append(errs, unix.Munmap(x.memory))
+	}
+	if x.reader != nil {
+		errs = append(errs, x.reader.Close())
 	}
 	for _, m := range []*ebpf.Map{x.shared, x.records} {
 		if m != nil {
@@ -310,24 +306,15 @@ func (x *xdpLine) sendFew(n int) error {
 	return x.few.flush()
 }
 
-func (x *xdpLine) receive(most int, take func(frame []byte)) int {
-	page := len(x.control)
-	consumer := (*uint64)(unsafe.Pointer(&x.control[0]))
-	end := atomic.LoadUint64((*uint64)(unsafe.Pointer(&x.data[0])))
-	at, n := atomic.LoadUint64(consumer), 0
-	for ; n < most && at < end; n++ {
-		record := x.data[page+int(at&x.mask):]
-		length := atomic.LoadUint32((*uint32)(unsafe.Pointer(&record[0])))
-		if length&ringBusy != 0 {
+func (x *xdpLine) receive(most int, take func(frame []byte)) (n int) {
+	for ; n < most; n++ {
+		record := x.reader.Next()
+		if record == nil {
 			break
 		}
-		size := uint64(length &^ ringDiscarded)
-		if length&ringDiscarded == 0 {
-			take(record[16:][:*(*uint32)(unsafe.Pointer(&record[8]))])
-		}
-		at += (8 + size + 7) &^ 7
+		take(record[8:][:binary.NativeEndian.Uint32(record)])
 	}
-	atomic.StoreUint64(consumer, at)
+	x.reader.Done()
 	return n
 }
 

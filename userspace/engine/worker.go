@@ -16,6 +16,7 @@ import (
 
 	"snilb/maps"
 	"snilb/userspace/packet"
+	"snilb/userspace/ringbuf"
 )
 
 // staleAfter is the age at which a queued event says nothing any more: its sender
@@ -32,9 +33,9 @@ type connection struct {
 type worker struct {
 	e     *Engine
 	id    int
-	ring  *ring
-	wait  *waiter // for the ring
-	quiet *ring   // read along, without waiting for it
+	ring  *ringbuf.Reader
+	wait  *ringbuf.Waiter // for the ring
+	quiet *ringbuf.Reader // read along, without waiting for it
 	queue io.Writer
 	jobs  *maps.Jobs
 
@@ -72,14 +73,13 @@ func newWorker(e *Engine, id int, queue io.Writer) *worker {
 }
 
 func (w *worker) openRings(main, quiet *ebpf.Map) (err error) {
-	if w.wait, err = newWaiter(main); err != nil {
+	if w.wait, err = ringbuf.NewWaiter(main, len(w.e.o.Rings) > runtime.GOMAXPROCS(0)); err != nil {
 		return err
 	}
-	w.wait.polite = len(w.e.o.Rings) > runtime.GOMAXPROCS(0)
-	if w.ring, err = newRing(main); err != nil {
+	if w.ring, err = ringbuf.NewReader(main); err != nil {
 		return err
 	}
-	w.quiet, err = newRing(quiet)
+	w.quiet, err = ringbuf.NewReader(quiet)
 	return err
 }
 
@@ -88,15 +88,14 @@ const burst = 64
 
 // run returns nil after stop.
 func (w *worker) run() error {
-	for more := false; !w.wait.closed.Load(); {
-		if !more && !w.ring.hasData() {
-			if err := w.wait.wait(w.patience()); err != nil {
+	for more := false; !w.wait.Closed(); {
+		if !more && !w.ring.HasData() {
+			if err := w.wait.Wait(w.patience()); err != nil {
 				return err
 			}
 		}
 		w.mu.Lock()
 		w.now = w.e.clock.now()
-		// The quiet one first: the end of a connection comes before a new one from the same port.
 		more = w.read(w.quiet)
 		w.read(w.ring)
 		w.runTimers()
@@ -106,31 +105,31 @@ func (w *worker) run() error {
 }
 
 // stop ends run.
-func (w *worker) stop() error { return w.wait.close() }
+func (w *worker) stop() error { return w.wait.Close() }
 
 // free gives back what run needed.
 func (w *worker) free() (err error) {
-	for _, r := range []*ring{w.ring, w.quiet} {
+	for _, r := range []*ringbuf.Reader{w.ring, w.quiet} {
 		if r != nil {
-			err = errors.Join(err, r.unmap())
+			err = errors.Join(err, r.Close())
 		}
 	}
 	if w.wait != nil {
-		err = errors.Join(err, w.wait.free())
+		err = errors.Join(err, w.wait.Free())
 	}
 	return err
 }
 
 // read deals with a burst of a ring's events. Returns true if there may be more.
-func (w *worker) read(r *ring) bool {
+func (w *worker) read(r *ringbuf.Reader) bool {
 	for range burst {
-		record := r.next()
+		record := r.Next()
 		if record == nil {
 			return false
 		}
 		w.now = w.e.clock.now()
 		w.event(record)
-		r.done()
+		r.Done()
 	}
 	return true
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package engine
+// Package ringbuf reads BPF ring buffer maps in place and waits for them.
+package ringbuf
 
 import (
 	"errors"
@@ -15,9 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ring reads a ring buffer map in place (kernel/bpf/ringbuf.c). The library's reader copies each record, and has deadlines
-// of whole milliseconds that it spends the last one of awake.
-type ring struct {
+// Reader reads a ring buffer map in place (kernel/bpf/ringbuf.c). It is for one goroutine. The library's reader copies each
+// record, and has deadlines of whole milliseconds that it spends the last one of awake.
+type Reader struct {
 	mapped   [2][]byte // the consumer's page; the producer's page and the data
 	consumer *atomic.Uint64
 	producer *atomic.Uint64
@@ -33,16 +34,16 @@ const (
 	recordDiscard = 1 << 30
 )
 
-// newRing needs the map only while it runs.
-func newRing(m *ebpf.Map) (_ *ring, err error) {
+// NewReader goes on where the last reader of the map ended. It needs the map only while it runs.
+func NewReader(m *ebpf.Map) (_ *Reader, err error) {
 	size, page := int(m.MaxEntries()), os.Getpagesize()
 	if m.Type() != ebpf.RingBuf || bits.OnesCount(uint(size)) != 1 {
 		return nil, fmt.Errorf("map %v of size %d is no ring buffer", m.Type(), size)
 	}
-	r := &ring{mask: uint64(size) - 1}
+	r := &Reader{mask: uint64(size) - 1}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, r.unmap())
+			err = errors.Join(err, r.Close())
 		}
 	}()
 	if r.mapped[0], err = unix.Mmap(m.FD(), 0, page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
@@ -58,11 +59,12 @@ func newRing(m *ebpf.Map) (_ *ring, err error) {
 	return r, nil
 }
 
-func (r *ring) hasData() bool { return r.producer.Load() != r.at }
+// HasData reports whether there are records that were not read.
+func (r *Reader) HasData() bool { return r.producer.Load() != r.at }
 
-// next returns the next record, nil if there is none. It stands until done.
-func (r *ring) next() []byte {
-	for spins := 0; r.hasData(); spins++ {
+// Next returns the next record, nil if there is none. It stands until Done.
+func (r *Reader) Next() []byte {
+	for spins := 0; r.HasData(); spins++ {
 		header := (*atomic.Uint32)(unsafe.Pointer(&r.data[r.at&r.mask])).Load()
 		if header&recordBusy != 0 {
 			// A CPU is writing it, and will be done in well under a microsecond, unless its host took it away.
@@ -75,7 +77,7 @@ func (r *ring) next() []byte {
 		start := r.at&r.mask + recordHeader
 		r.at += recordHeader + uint64(length+7)&^7
 		if header&recordDiscard != 0 {
-			r.done()
+			r.Done()
 			continue
 		}
 		return r.data[start : start+uint64(length)]
@@ -83,10 +85,11 @@ func (r *ring) next() []byte {
 	return nil
 }
 
-// done gives the place of the records read back to the kernel.
-func (r *ring) done() { r.consumer.Store(r.at) }
+// Done gives the place of the records read back to the kernel.
+func (r *Reader) Done() { r.consumer.Store(r.at) }
 
-func (r *ring) unmap() (err error) {
+// Close unmaps the memory.
+func (r *Reader) Close() (err error) {
 	for i, m := range r.mapped {
 		if m != nil {
 			err = errors.Join(err, unix.Munmap(m))
