@@ -15,8 +15,22 @@ import (
 	"snilb/userspace/bench"
 )
 
+// benchRunner offers a load.
+type benchRunner func(context.Context, *cli.Context, bench.Load) (*bench.Result, error)
+
+// bySockets is a runner for what sockets offer, with their flags read.
+func bySockets(run func(context.Context, *cli.Context, bench.Load, bench.SocketOptions) (*bench.Result, error)) benchRunner {
+	return func(ctx context.Context, c *cli.Context, l bench.Load) (*bench.Result, error) {
+		o, err := benchSockets(c)
+		if err != nil {
+			return nil, err
+		}
+		return run(ctx, c, l, o)
+	}
+}
+
 // benchSubcommand is a command that runs a load and prints what it measured.
-func benchSubcommand(name, usage string, flags []cli.Flag, run func(context.Context, *cli.Context, bench.Load) (*bench.Result, error)) *cli.Command {
+func benchSubcommand(name, usage string, flags []cli.Flag, run benchRunner) *cli.Command {
 	return &cli.Command{
 		Name: name, Usage: usage, ArgsUsage: "TARGET",
 		Flags:        slices.Concat(helloFlags(), flags, resultFlags()),
@@ -80,24 +94,23 @@ func printBench(c *cli.Context, format string, res *bench.Result) error {
 }
 
 func benchConnectionsCommand() *cli.Command {
+	sockets := bySockets(func(ctx context.Context, _ *cli.Context, l bench.Load, o bench.SocketOptions) (*bench.Result, error) {
+		return bench.Connections(ctx, l, o)
+	})
 	return benchSubcommand("connections", "New connections: connect, hello, the first bytes of the answer, close",
 		slices.Concat(loadFlags(64), socketFlags(), packetFlags(), []cli.Flag{
 			sourcesFlag(),
 			&cli.BoolFlag{Name: "packets", Usage: "be a TCP of its own and no sockets: cheaper by far, as root"},
 		}),
 		func(ctx context.Context, c *cli.Context, l bench.Load) (*bench.Result, error) {
-			if c.Bool("packets") {
-				o, err := benchPackets(c)
-				if err != nil {
-					return nil, err
-				}
-				return bench.Packets(ctx, l, o)
+			if !c.Bool("packets") {
+				return sockets(ctx, c, l)
 			}
-			o, err := benchSockets(c)
+			o, err := benchPackets(c)
 			if err != nil {
 				return nil, err
 			}
-			return bench.Connections(ctx, l, o)
+			return bench.Packets(ctx, l, o)
 		})
 }
 
@@ -107,13 +120,9 @@ func benchRequestsCommand() *cli.Command {
 			&cli.IntFlag{Name: "request-bytes", Usage: "`BYTES` of a request", Value: 100},
 			&cli.IntFlag{Name: "size", Usage: "`BYTES` of an answer", Value: 1000},
 		}),
-		func(ctx context.Context, c *cli.Context, l bench.Load) (*bench.Result, error) {
-			o, err := benchSockets(c)
-			if err != nil {
-				return nil, err
-			}
+		bySockets(func(ctx context.Context, c *cli.Context, l bench.Load, o bench.SocketOptions) (*bench.Result, error) {
 			return bench.Requests(ctx, l, o, c.Int("request-bytes"), c.Int("size"))
-		})
+		}))
 }
 
 func benchBulkCommand() *cli.Command {
@@ -126,13 +135,9 @@ func benchBulkCommand() *cli.Command {
 			&cli.DurationFlag{Name: "timeout", Usage: "`DUR` that opening may take", Value: 10 * time.Second},
 			&cli.IntFlag{Name: "reply", Usage: "`BYTES` that the server answers a hello with", Value: 1},
 		}, socketFlags()),
-		func(ctx context.Context, c *cli.Context, l bench.Load) (*bench.Result, error) {
-			o, err := benchSockets(c)
-			if err != nil {
-				return nil, err
-			}
+		bySockets(func(ctx context.Context, c *cli.Context, l bench.Load, o bench.SocketOptions) (*bench.Result, error) {
 			return bench.Bulk(ctx, l, o, c.Int64("size"), c.Bool("upload"))
-		})
+		}))
 }
 
 func benchIdleCommand() *cli.Command {
@@ -144,15 +149,11 @@ func benchIdleCommand() *cli.Command {
 			&cli.DurationFlag{Name: "timeout", Usage: "`DUR` that opening, or the last answer, may take", Value: 10 * time.Second},
 			&cli.IntFlag{Name: "reply", Usage: "`BYTES` that the server answers a hello with", Value: 1},
 		}, socketFlags()),
-		func(ctx context.Context, c *cli.Context, l bench.Load) (*bench.Result, error) {
-			o, err := benchSockets(c)
-			if err != nil {
-				return nil, err
-			}
+		bySockets(func(ctx context.Context, c *cli.Context, l bench.Load, o bench.SocketOptions) (*bench.Result, error) {
 			return bench.Idle(ctx, l, o, c.Int("opening"), func(stand int) {
 				_, _ = fmt.Fprintln(c.App.ErrWriter, "holding", stand)
 			})
-		})
+		}))
 }
 
 func benchFloodCommand() *cli.Command {
