@@ -183,7 +183,7 @@ enum flow_job_op {
 	FLOW_JOB_BIND = 1, /* insert both entries */
 	FLOW_JOB_REBIND,   /* the same, the backend's in the place of a pending one */
 	FLOW_JOB_READ,	   /* copy both flows out */
-	FLOW_JOB_REMOVE,   /* delete both, the client's only if it is of this generation */
+	FLOW_JOB_REMOVE,   /* delete both, each only if it is of this flow */
 };
 
 #define FLOW_JOBS 64

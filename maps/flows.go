@@ -47,26 +47,16 @@ func FlowControl(nexthop uint16, shift, worker int) uint32 {
 // InsertFlow adds an entry. Returns an error that is ebpf.ErrKeyExist if the tuple
 // has one already, and unix.E2BIG if the table is full.
 func (t *Tables) InsertFlow(leg Leg, tuple Tuple, e *Entry) error {
-	return t.putFlow(leg, tuple, e, ebpf.UpdateNoExist)
-}
-
-// ReplaceFlow puts an entry in the place of a pending one, which the kernel does not
-// write to. Returns an error that is ebpf.ErrKeyNotExist if there is none.
-func (t *Tables) ReplaceFlow(leg Leg, tuple Tuple, e *Entry) error {
-	return t.putFlow(leg, tuple, e, ebpf.UpdateExist)
-}
-
-func (t *Tables) putFlow(leg Leg, tuple Tuple, e *Entry, how ebpf.MapUpdateFlags) error {
 	f := e.Flow
 	f.Sport, f.Dport = Port(e.To.Src.Port()), Port(e.To.Dst.Port())
 	if tuple.Src.Addr().Is4() {
 		key := flow4Key(leg, tuple)
 		value := Flow4{Flow: f, Saddr: word4(e.To.Src.Addr()), Daddr: word4(e.To.Dst.Addr())}
-		return t.Flows4.Update(&key, &value, how)
+		return t.Flows4.Update(&key, &value, ebpf.UpdateNoExist)
 	}
 	key := flow6Key(leg, tuple)
 	value := Flow6{Flow: f, Saddr: Words(e.To.Src.Addr()), Daddr: Words(e.To.Dst.Addr())}
-	return t.Flows6.Update(&key, &value, how)
+	return t.Flows6.Update(&key, &value, ebpf.UpdateNoExist)
 }
 
 // LookupFlow reads an entry. Returns an error that is ebpf.ErrKeyNotExist if there
