@@ -85,6 +85,22 @@ func (b *endBed) arrived(t *testing.T, v6 bool) *net.TCPConn {
 	}
 }
 
+// rawPair is a connection of a raw client, open on both sides, with clientTimeout to go.
+func (b *endBed) rawPair(t *testing.T, v6 bool) (*testbed.Raw, *net.TCPConn) {
+	t.Helper()
+	r, err := b.Raw(vip(b.Bed, v6))
+	must(t, err)
+	t.Cleanup(func() { _ = r.Close() })
+	_, err = r.Open(testbed.LinuxSYN(r.TSVal), 3*time.Second)
+	must(t, err)
+	_, err = r.Write(b.first)
+	must(t, err)
+	backend := b.arrived(t, v6)
+	deadline := time.Now().Add(clientTimeout)
+	must(t, errors.Join(backend.SetDeadline(deadline), r.SetDeadline(deadline)))
+	return r, backend
+}
+
 // sides are the pair seen from the client, and from the backend.
 func (p pair) sides() map[string][2]*net.TCPConn {
 	return map[string][2]*net.TCPConn{"client": {p.client, p.backend}, "backend": {p.backend, p.client}}
@@ -257,15 +273,7 @@ func TestResetEither(t *testing.T) {
 func TestResetWithData(t *testing.T) {
 	b := newEndBed(t, "closing: 2s")
 	families(t, func(t *testing.T, v6 bool) {
-		r, err := b.Raw(vip(b.Bed, v6))
-		must(t, err)
-		defer func() { _ = r.Close() }()
-		_, err = r.Open(testbed.LinuxSYN(r.TSVal), 3*time.Second)
-		must(t, err)
-		_, err = r.Write(b.first)
-		must(t, err)
-		backend := b.arrived(t, v6)
-		must(t, backend.SetDeadline(time.Now().Add(clientTimeout)))
+		r, backend := b.rawPair(t, v6)
 		rst := r.Bare(testbed.RST)
 		rst.Payload = []byte("because of this")
 		must(t, r.Send(rst))
@@ -281,15 +289,7 @@ func TestForgedReset(t *testing.T) {
 	const closing = time.Second
 	b := newEndBed(t, "closing: "+closing.String())
 	families(t, func(t *testing.T, v6 bool) {
-		r, err := b.Raw(vip(b.Bed, v6))
-		must(t, err)
-		defer func() { _ = r.Close() }()
-		_, err = r.Open(testbed.LinuxSYN(r.TSVal), 3*time.Second)
-		must(t, err)
-		_, err = r.Write(b.first)
-		must(t, err)
-		backend := b.arrived(t, v6)
-		must(t, errors.Join(backend.SetDeadline(time.Now().Add(clientTimeout)), r.SetDeadline(time.Now().Add(clientTimeout))))
+		r, backend := b.rawPair(t, v6)
 		must(t, r.Send(r.Bare(0))) // the client has bound its flow
 		for _, number := range []uint32{0, r.SndNxt - 1000, r.SndNxt + 100_000, r.SndNxt + 1<<31} {
 			must(t, forge(r, number))
@@ -299,7 +299,7 @@ func TestForgedReset(t *testing.T) {
 				t.Errorf("a forged packet was answered by %s", s)
 			}
 		}
-		_, err = r.Write([]byte("alive"))
+		_, err := r.Write([]byte("alive"))
 		must(t, err)
 		got := make([]byte, 5)
 		_, err = io.ReadFull(backend, got)
