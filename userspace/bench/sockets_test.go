@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,17 +41,30 @@ func listen(t *testing.T) net.Listener {
 
 func addrOf(l net.Listener) netip.AddrPort { return l.Addr().(*net.TCPAddr).AddrPort() }
 
-// startBehaviour accepts connections and lets behave have them.
+// startBehaviour accepts connections and lets behave have them. What it leaves open stays so until the test ends, and is not
+// closed as garbage.
 func startBehaviour(t *testing.T, behave func(*net.TCPConn)) netip.AddrPort {
 	t.Helper()
 	l := listen(t)
-	t.Cleanup(func() { _ = l.Close() })
+	var mu sync.Mutex
+	var accepted []net.Conn
+	t.Cleanup(func() {
+		_ = l.Close()
+		mu.Lock()
+		defer mu.Unlock()
+		for _, c := range accepted {
+			_ = c.Close()
+		}
+	})
 	go func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
+			mu.Lock()
+			accepted = append(accepted, c)
+			mu.Unlock()
 			go behave(c.(*net.TCPConn))
 		}
 	}()
