@@ -25,7 +25,7 @@ FUZZTIME ?= 30s
 
 BPF_SOURCES = $(wildcard bpf/*.c bpf/*.h)
 GO_FOLDERS  = $(wildcard cmd loader maps scripts userspace)
-GENERATED   = maps/snilb_bpfel.o maps/snilb_bpfel.go
+GENERATED   = $(addprefix maps/,snilb_bpfel.o snilb_bpfel.go snilb_xdp_bpfel.o snilb_xdp_bpfel.go)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -63,6 +63,13 @@ enum reason {
 	REASON_TOO_BIG_CUT,
 	/* dropped */
 	REASON_ICMP_LIMITED,
+	/* to the stack, where TC finishes what XDP does not */
+	REASON_LEFT_ICMP,
+	REASON_LEFT_NEXTHOP,  /* its link address is not known, or XDP cannot send there */
+	REASON_LEFT_TOO_BIG,  /* for its next hop */
+	REASON_LEFT_CHECKSUM, /* not filled in yet: the packet never was on a wire */
+	REASON_LEFT_PAYLOAD,  /* of a SYN */
+	REASON_LEFT_FRAME,    /* no room for a VLAN tag, or in several buffers */
 	REASON_LEN,
 };
 
@@ -108,14 +115,27 @@ struct path {
 	__u32 id;
 };
 
-/* Where a bound packet leaves. gateway all zero: the destination is on the link. */
+enum nexthop_flag {
+	NEXTHOP_BUFFERS = 1, /* the XDP interface takes frames in several buffers */
+};
+
+/* Where a bound packet leaves. gateway all zero: the destination is on the link.
+ * TC asks the kernel for the neighbour; XDP sends only where its link address stands
+ * here, and leaves the rest to TC.
+ */
 struct nexthop {
 	__u32 ifindex; /* 0: unset */
 	__u16 mtu;     /* bytes of an IP packet */
 	__u8 family;   /* AF_INET or AF_INET6 of the gateway */
-	__u8 pad;
+	__u8 flags;    /* enum nexthop_flag */
 	__be32 gateway[4];
+	__u32 xdp_ifindex; /* ifindex, or the interface below a VLAN one; 0: leave it to TC */
+	__u8 dmac[6], smac[6];
+	__be16 vlan_proto; /* ETH_P_8021Q or _8021AD; 0: no tag */
+	__be16 vlan_id;
 };
+
+_Static_assert(sizeof(struct nexthop) == 44, "nexthop");
 
 /* Bits 27 to 31 of flow.control. FLOW_PENDING is there from the start or never; the
  * others are only ever set, by atomic or.

@@ -17,6 +17,8 @@ volatile const __u16 source_port_last = 29999;
 volatile const __u64 dead_after = 10000000000ULL;
 /* Bytes waiting in a ring above which SYNs go to the stack instead. */
 volatile const __u64 ring_busy = 7 << 20;
+/* XDP has one program an interface: whether clients come in by it. */
+volatile const bool faces_clients = true;
 /* Whether bpf_l4_csum_replace knows BPF_F_IPV6 (kernel 6.16). */
 volatile const bool has_csum_ipv6 = false;
 

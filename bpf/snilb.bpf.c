@@ -118,6 +118,7 @@ const enum unknown_flow *const abi_unknown_flow = NULL;
 const enum event_kind *const abi_event_kind = NULL;
 const enum tap_request *const abi_tap_request = NULL;
 const enum flow_state *const abi_flow_state = NULL;
+const enum nexthop_flag *const abi_nexthop_flag = NULL;
 const enum live_flag *const abi_live_flag = NULL;
 const enum flow_job_op *const abi_flow_job_op = NULL;
 const enum leg *const abi_leg = NULL;

@@ -56,4 +56,10 @@ var Reasons = [bpfReasonREASON_LEN]ReasonInfo{
 	bpfReasonREASON_ICMP:             {"icmp", ActionEngine},
 	bpfReasonREASON_TOO_BIG_CUT:      {"too_big", ActionEngine},
 	bpfReasonREASON_ICMP_LIMITED:     {"icmp_limited", ActionDrop},
+	bpfReasonREASON_LEFT_ICMP:        {"left_icmp", ActionPass},
+	bpfReasonREASON_LEFT_NEXTHOP:     {"left_nexthop", ActionPass},
+	bpfReasonREASON_LEFT_TOO_BIG:     {"left_too_big", ActionPass},
+	bpfReasonREASON_LEFT_CHECKSUM:    {"left_checksum", ActionPass},
+	bpfReasonREASON_LEFT_PAYLOAD:     {"left_payload", ActionPass},
+	bpfReasonREASON_LEFT_FRAME:       {"left_frame", ActionPass},
 }

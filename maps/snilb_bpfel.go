@@ -27,7 +27,7 @@ type bpfCookieKey struct {
 
 type bpfCounterSet struct {
 	_       structs.HostLayout
-	Packets [31]uint64
+	Packets [37]uint64
 }
 
 type bpfEventHeader struct {
@@ -187,13 +187,24 @@ const (
 )
 
 type bpfNexthop struct {
-	_       structs.HostLayout
-	Ifindex uint32
-	Mtu     uint16
-	Family  uint8
-	Pad     uint8
-	Gateway [4]uint32
+	_          structs.HostLayout
+	Ifindex    uint32
+	Mtu        uint16
+	Family     uint8
+	Flags      uint8
+	Gateway    [4]uint32
+	XdpIfindex uint32
+	Dmac       [6]uint8
+	Smac       [6]uint8
+	VlanProto  uint16
+	VlanId     uint16
 }
+
+type bpfNexthopFlag uint32
+
+const (
+	bpfNexthopFlagNEXTHOP_BUFFERS bpfNexthopFlag = 1
+)
 
 type bpfPath struct {
 	_  structs.HostLayout
@@ -242,7 +253,13 @@ const (
 	bpfReasonREASON_ICMP             bpfReason = 28
 	bpfReasonREASON_TOO_BIG_CUT      bpfReason = 29
 	bpfReasonREASON_ICMP_LIMITED     bpfReason = 30
-	bpfReasonREASON_LEN              bpfReason = 31
+	bpfReasonREASON_LEFT_ICMP        bpfReason = 31
+	bpfReasonREASON_LEFT_NEXTHOP     bpfReason = 32
+	bpfReasonREASON_LEFT_TOO_BIG     bpfReason = 33
+	bpfReasonREASON_LEFT_CHECKSUM    bpfReason = 34
+	bpfReasonREASON_LEFT_PAYLOAD     bpfReason = 35
+	bpfReasonREASON_LEFT_FRAME       bpfReason = 36
+	bpfReasonREASON_LEN              bpfReason = 37
 )
 
 type bpfScratch struct {
@@ -293,11 +310,13 @@ const (
 	bpfVarAbiFlowState    = "abi_flow_state"
 	bpfVarAbiLeg          = "abi_leg"
 	bpfVarAbiLiveFlag     = "abi_live_flag"
+	bpfVarAbiNexthopFlag  = "abi_nexthop_flag"
 	bpfVarAbiReason       = "abi_reason"
 	bpfVarAbiTapRequest   = "abi_tap_request"
 	bpfVarAbiUnknownFlow  = "abi_unknown_flow"
 	bpfVarCounterSlot     = "counter_slot"
 	bpfVarDeadAfter       = "dead_after"
+	bpfVarFacesClients    = "faces_clients"
 	bpfVarHasCsumIpv6     = "has_csum_ipv6"
 	bpfVarRingBusy        = "ring_busy"
 	bpfVarSourcePortFirst = "source_port_first"
@@ -382,11 +401,13 @@ type bpfVariableSpecs struct {
 	AbiFlowState    *ebpf.VariableSpec `ebpf:"abi_flow_state"`
 	AbiLeg          *ebpf.VariableSpec `ebpf:"abi_leg"`
 	AbiLiveFlag     *ebpf.VariableSpec `ebpf:"abi_live_flag"`
+	AbiNexthopFlag  *ebpf.VariableSpec `ebpf:"abi_nexthop_flag"`
 	AbiReason       *ebpf.VariableSpec `ebpf:"abi_reason"`
 	AbiTapRequest   *ebpf.VariableSpec `ebpf:"abi_tap_request"`
 	AbiUnknownFlow  *ebpf.VariableSpec `ebpf:"abi_unknown_flow"`
 	CounterSlot     *ebpf.VariableSpec `ebpf:"counter_slot"`
 	DeadAfter       *ebpf.VariableSpec `ebpf:"dead_after"`
+	FacesClients    *ebpf.VariableSpec `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.VariableSpec `ebpf:"has_csum_ipv6"`
 	RingBusy        *ebpf.VariableSpec `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.VariableSpec `ebpf:"source_port_first"`
@@ -456,11 +477,13 @@ type bpfVariables struct {
 	AbiFlowState    *ebpf.Variable `ebpf:"abi_flow_state"`
 	AbiLeg          *ebpf.Variable `ebpf:"abi_leg"`
 	AbiLiveFlag     *ebpf.Variable `ebpf:"abi_live_flag"`
+	AbiNexthopFlag  *ebpf.Variable `ebpf:"abi_nexthop_flag"`
 	AbiReason       *ebpf.Variable `ebpf:"abi_reason"`
 	AbiTapRequest   *ebpf.Variable `ebpf:"abi_tap_request"`
 	AbiUnknownFlow  *ebpf.Variable `ebpf:"abi_unknown_flow"`
 	CounterSlot     *ebpf.Variable `ebpf:"counter_slot"`
 	DeadAfter       *ebpf.Variable `ebpf:"dead_after"`
+	FacesClients    *ebpf.Variable `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.Variable `ebpf:"has_csum_ipv6"`
 	RingBusy        *ebpf.Variable `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.Variable `ebpf:"source_port_first"`

@@ -70,6 +70,8 @@ const (
 	TapReplayClient  = uint8(bpfTapRequestTAP_REPLAY_CLIENT)
 	TapReplayBackend = uint8(bpfTapRequestTAP_REPLAY_BACKEND)
 
+	NexthopBuffers = uint8(bpfNexthopFlagNEXTHOP_BUFFERS)
+
 	UnknownFlowReset = uint8(bpfUnknownFlowUNKNOWN_FLOW_RESET)
 	UnknownFlowPass  = uint8(bpfUnknownFlowUNKNOWN_FLOW_PASS)
 	UnknownFlowDrop  = uint8(bpfUnknownFlowUNKNOWN_FLOW_DROP)
@@ -110,6 +112,7 @@ const (
 	ProgramBackend = bpfProgSnilbBackend
 	ProgramTap     = bpfProgSnilbTap
 	ProgramJobs    = bpfProgSnilbJobs
+	ProgramXDP     = xdpProgSnilbXdp // in SpecXDP
 
 	MapJobs = bpfMapJobs // what ProgramJobs and its callers share
 
@@ -121,10 +124,17 @@ const (
 	VarDeadAfter       = bpfVarDeadAfter       // uint64, ns
 	VarRingBusy        = bpfVarRingBusy        // uint64, bytes
 	VarHasCsumIPv6     = bpfVarHasCsumIpv6     // bool
+	VarFacesClients    = bpfVarFacesClients    // bool
 )
 
 // Spec returns the compiled object, to be changed and loaded by the loader. The
 // flow tables' and rings' sizes in it are defaults.
 func Spec() (*ebpf.CollectionSpec, error) {
 	return loadBpf()
+}
+
+// SpecXDP returns the object with the XDP program. Its maps are those of Spec, to be
+// loaded with them as replacements.
+func SpecXDP() (*ebpf.CollectionSpec, error) {
+	return loadXdp()
 }
