@@ -68,7 +68,6 @@ enum reason {
 	REASON_LEFT_NEXTHOP,  /* its link address is not known, or XDP cannot send there */
 	REASON_LEFT_TOO_BIG,  /* for its next hop */
 	REASON_LEFT_CHECKSUM, /* not filled in yet: the packet never was on a wire */
-	REASON_LEFT_PAYLOAD,  /* of a SYN */
 	REASON_LEFT_FRAME,    /* no room for a VLAN tag, or in several buffers */
 	REASON_LEN,
 };

@@ -5,6 +5,14 @@
 #ifndef SNILB_CSUM_H
 #define SNILB_CSUM_H
 
+/* What a rewrite changed under the TCP checksum: TC must tell the kernel, XDP writes
+ * it itself.
+ */
+struct csum_change {
+	__u64 pseudo; /* addresses: under the TCP checksum and IPv6's only */
+	__u64 tcp;    /* the TCP header itself */
+};
+
 /* Carries are kept in the upper half and folded once, at the end. */
 static __always_inline void csum_change32(__u64 *sum, __u32 from, __u32 to)
 {

@@ -48,8 +48,8 @@ struct event_what {
 /* Returns false when the ring is full: the packet is then lost to the engine, and
  * TCP repeats it. limit is how many bytes of the packet are wanted.
  */
-static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pkt,
-				  struct event_what what, __u32 worker, __u32 limit)
+static __noinline bool event_send(frame_t *f, const struct packet *pkt, struct event_what what,
+				  __u32 worker, __u32 limit)
 {
 	/* That a flow ends is no hurry. In the same ring it would keep later events from waking the
 	 * worker, which the kernel does for the first one only that the reader has not seen.
@@ -67,15 +67,14 @@ static __noinline bool event_send(struct __sk_buff *skb, const struct packet *pk
 	if (captured < 1 || captured > EVENT_DATA)
 		return false;
 	s->header.time = bpf_ktime_get_coarse_ns();
-	s->header.ifindex = skb->ifindex;
+	s->header.ifindex = frame_ifindex(f);
 	s->header.length = pkt->length;
 	s->header.captured = captured;
 	s->header.listener = what.listener;
 	s->header.kind = what.kind;
 	s->header.leg = what.leg;
 	s->header.mtu = what.mtu;
-	if (bpf_skb_load_bytes(skb, 6, s->header.mac, 6) ||
-	    bpf_skb_load_bytes(skb, pkt->l3, s->data, captured))
+	if (frame_load(f, 6, s->header.mac, 6) || frame_load(f, pkt->l3, s->data, captured))
 		return false;
 	return bpf_ringbuf_output(ring, s, sizeof(s->header) + captured,
 				  quiet ? BPF_RB_NO_WAKEUP : 0) == 0;

@@ -3,11 +3,6 @@
 #ifndef SNILB_FLOW_H
 #define SNILB_FLOW_H
 
-/* Not in the UAPI headers of the oldest kernel we build on. */
-#define F_IPV6		 (1ULL << 7)
-#define F_PSEUDO_HDR	 (1ULL << 4)
-#define TCP_CHECK_OFFSET 16
-
 /* One entry, of one table: the other pointer is NULL. The verifier follows which
  * of two pointers is set, but not which of two types one pointer has.
  */
@@ -187,7 +182,7 @@ static __always_inline bool flow_end_is_likely(const struct packet *pkt, const s
 }
 
 /* The worker that owns the flow hears once of each side's FIN or RST. */
-static __always_inline void flow_announce_end(struct __sk_buff *skb, const struct packet *pkt,
+static __always_inline void flow_announce_end(frame_t *f, const struct packet *pkt,
 					      const struct bound *b, __u32 leg)
 {
 	struct flow *flow = b->flow;
@@ -197,62 +192,11 @@ static __always_inline void flow_announce_end(struct __sk_buff *skb, const struc
 	if ((flow->control & state) == state || !flow_end_is_likely(pkt, b, leg))
 		return;
 	flow_mark(flow, state);
-	event_send(skb, pkt, what, flow_worker(flow), EVENT_HEADERS_ONLY);
-}
-
-/* Hands the sums to the kernel, which knows what its checksum state makes of them
- * (a GSO packet's field holds the sum of its pseudo header only).
- */
-static __always_inline int flow_fix_checksum(struct __sk_buff *skb, const struct packet *pkt,
-					     const struct csum_change *sum)
-{
-	__u64 pseudo = F_PSEUDO_HDR;
-	__u32 at = pkt->l4 + TCP_CHECK_OFFSET;
-
-	if (pkt->family == AF_INET6 && has_csum_ipv6)
-		pseudo |= F_IPV6;
-	if (bpf_l4_csum_replace(skb, at, 0, csum_fold64(sum->pseudo), pseudo))
-		return -1;
-	return bpf_l4_csum_replace(skb, at, 0, csum_fold64(sum->tcp), 0);
-}
-
-static __always_inline int nexthop_send(struct __sk_buff *skb, const struct nexthop *hop,
-					__u8 family, const __be32 daddr[4])
-{
-	struct bpf_redir_neigh to = {.nh_family = hop->family};
-	bool on_link = !(hop->gateway[0] | hop->gateway[1] | hop->gateway[2] | hop->gateway[3]);
-
-	if (on_link)
-		to.nh_family = family;
-	if (to.nh_family == AF_INET)
-		to.ipv4_nh = on_link ? daddr[3] : hop->gateway[3];
-	else
-		address_copy(to.ipv6_nh, on_link ? daddr : hop->gateway);
-	return bpf_redirect_neigh(hop->ifindex, &to, sizeof(to), 0);
-}
-
-/* What a super-packet (GSO) becomes on a wire. Its count of segments may be left to
- * the kernel, as the drivers of virtual machines do: only gso_size tells it then.
- */
-static __always_inline __u32 flow_wire_packets(struct __sk_buff *skb, const struct packet *pkt)
-{
-	__u32 size = skb->gso_size;
-
-	if (skb->gso_segs)
-		return skb->gso_segs;
-	return size && pkt->payload > size ? (pkt->payload + size - 1) / size : 1;
-}
-
-/* Bytes of its largest IP packet there. */
-static __always_inline __u32 flow_wire_length(struct __sk_buff *skb, const struct packet *pkt)
-{
-	__u32 size = skb->gso_size;
-
-	return size && pkt->payload > size ? pkt->length - pkt->payload + size : pkt->length;
+	event_send(f, pkt, what, flow_worker(flow), EVENT_HEADERS_ONLY);
 }
 
 /* Everything before the first write: may this packet go out by its next hop? */
-static __always_inline enum reason flow_may_forward(struct __sk_buff *skb, const struct packet *pkt,
+static __always_inline enum reason flow_may_forward(frame_t *f, const struct packet *pkt,
 						    const struct nexthop *hop)
 {
 	if (!hop || !hop->ifindex)
@@ -263,7 +207,7 @@ static __always_inline enum reason flow_may_forward(struct __sk_buff *skb, const
 	if ((pkt->flags & (TCP_SYN | TCP_RST | TCP_FIN)) == 0 && !(pkt->flags & TCP_ACK))
 		return REASON_JUNK;
 	/* Last: the engine cuts what would have gone out otherwise. */
-	if (flow_wire_length(skb, pkt) > hop->mtu)
+	if (frame_packet_length(f, pkt) > hop->mtu)
 		return REASON_TOO_BIG;
 	return REASON_OK;
 }
@@ -271,15 +215,15 @@ static __always_inline enum reason flow_may_forward(struct __sk_buff *skb, const
 /* The rewrite itself; fills where the packet goes. Returns -1 when a helper
  * refused, which leaves the packet fit for nothing but dropping.
  */
-static __always_inline int flow_rewrite(struct __sk_buff *skb, struct packet *pkt,
-					const struct bound *b, __be32 daddr[4])
+static __always_inline int flow_rewrite(frame_t *f, struct packet *pkt, const struct bound *b,
+					__be32 daddr[4])
 {
 	struct flow *flow = b->flow;
 	struct csum_change sum = {};
 	struct headers h;
 	bool options;
 
-	if (!packet_headers((void *)(long)skb->data, (void *)(long)skb->data_end, pkt, &h))
+	if (!packet_headers(frame_data(f), frame_end(f), pkt, &h))
 		return -1;
 	/* ---- from here on the packet is changed: no way back to "pass" ---- */
 	if (b->v4) {
@@ -289,9 +233,9 @@ static __always_inline int flow_rewrite(struct __sk_buff *skb, struct packet *pk
 		rewrite_ip6(h.ip6, b->v6, &sum);
 		address_copy(daddr, b->v6->daddr);
 	}
-	options = rewrite_tcp((void *)(long)skb->data_end, h.tcp, pkt, flow, &sum);
+	options = rewrite_tcp(frame_end(f), h.tcp, pkt, flow, &sum);
 	if (options) {
-		__s64 changed = rewrite_options(skb, pkt->l4 + sizeof(struct tcphdr),
+		__s64 changed = rewrite_options(f, pkt->l4 + sizeof(struct tcphdr),
 						pkt->header - sizeof(struct tcphdr), flow,
 						pkt->flags & TCP_ACK);
 
@@ -299,45 +243,49 @@ static __always_inline int flow_rewrite(struct __sk_buff *skb, struct packet *pk
 			return -1;
 		sum.tcp += changed;
 	}
-	return flow_fix_checksum(skb, pkt, &sum);
+	return frame_fix_checksum(f, pkt, &sum);
 }
 
 /* A packet that does not fit its next hop goes to the engine, which tells its sender
  * by ICMP, and cuts it: not every sender listens.
  */
-static __always_inline int flow_too_big(struct __sk_buff *skb, const struct packet *pkt,
+static __always_inline int flow_too_big(frame_t *f, const struct packet *pkt,
 					const struct flow *flow, __u32 leg, __u16 mtu)
 {
 	struct event_what what = {.kind = EVENT_TOO_BIG, .leg = leg, .mtu = mtu};
 
+	if (HAS_TC_BEHIND)
+		return pass(REASON_LEFT_TOO_BIG);
 	if (!event_is_allowed(what.kind, bpf_ktime_get_coarse_ns()) ||
-	    !event_send(skb, pkt, what, flow_worker(flow), EVENT_DATA))
+	    !event_send(f, pkt, what, flow_worker(flow), EVENT_DATA))
 		return drop(REASON_TOO_BIG);
 	return drop(REASON_TOO_BIG_CUT);
 }
 
-static __always_inline int flow_forward(struct __sk_buff *skb, struct packet *pkt,
-					const struct bound *b, __u32 leg)
+static __always_inline int flow_forward(frame_t *f, struct packet *pkt, const struct bound *b,
+					__u32 leg)
 {
 	struct flow *flow = b->flow;
 	__u32 index = flow->control & FLOW_NEXTHOP_MASK;
 	struct nexthop *hop = bpf_map_lookup_elem(&nexthops, &index);
-	enum reason why = flow_may_forward(skb, pkt, hop);
+	enum reason why = flow_may_forward(f, pkt, hop);
 	__be32 daddr[4] = {};
+	int action;
 
 	if (why == REASON_TOO_BIG && hop)
-		return flow_too_big(skb, pkt, flow, leg, hop->mtu);
+		return flow_too_big(f, pkt, flow, leg, hop->mtu);
 	if (why != REASON_OK || !hop)
 		return drop(why);
-	flow_account(pkt, flow, flow_wire_packets(skb, pkt), bpf_ktime_get_coarse_ns());
+	why = frame_may_leave(f, pkt, hop);
+	if (why != REASON_OK)
+		return pass(why);
+	flow_account(pkt, flow, frame_packets(f, pkt), bpf_ktime_get_coarse_ns());
 	if (pkt->flags & (TCP_FIN | TCP_RST))
-		flow_announce_end(skb, pkt, b, leg);
-	if (flow_rewrite(skb, pkt, b, daddr))
+		flow_announce_end(f, pkt, b, leg);
+	if (flow_rewrite(f, pkt, b, daddr))
 		return drop(REASON_WRITE_ERROR);
-	/* The tag was the last link's; a VLAN device puts on its own. */
-	if ((pkt->tagged || skb->vlan_present) && bpf_skb_vlan_pop(skb))
-		return drop(REASON_WRITE_ERROR);
-	return verdict(nexthop_send(skb, hop, pkt->family, daddr), REASON_FORWARDED);
+	action = frame_send(f, pkt, hop, daddr);
+	return action < 0 ? drop(REASON_WRITE_ERROR) : verdict(action, REASON_FORWARDED);
 }
 
 #endif

@@ -18,11 +18,11 @@ struct quoted_tcp {
 };
 
 /* The addresses of the quoted IPv4 packet, turned around. Returns its length. */
-static __always_inline __u32 icmp_quote4(struct __sk_buff *skb, struct packet *pkt, __u32 at)
+static __always_inline __u32 icmp_quote4(frame_t *f, struct packet *pkt, __u32 at)
 {
 	struct iphdr ip;
 
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
+	if (frame_load(f, at, &ip, sizeof(ip)))
 		return 0;
 	if (ip.version != 4 || ip.ihl != 5 || ip.protocol != IPPROTO_TCP ||
 	    ip.frag_off & bpf_htons(IP_OFFSET))
@@ -32,11 +32,11 @@ static __always_inline __u32 icmp_quote4(struct __sk_buff *skb, struct packet *p
 	return sizeof(ip);
 }
 
-static __always_inline __u32 icmp_quote6(struct __sk_buff *skb, struct packet *pkt, __u32 at)
+static __always_inline __u32 icmp_quote6(frame_t *f, struct packet *pkt, __u32 at)
 {
 	struct ipv6hdr ip;
 
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
+	if (frame_load(f, at, &ip, sizeof(ip)))
 		return 0;
 	if (ip.version != 6 || ip.nexthdr != IPPROTO_TCP)
 		return 0;
@@ -48,31 +48,31 @@ static __always_inline __u32 icmp_quote6(struct __sk_buff *skb, struct packet *p
 /* Makes pkt's tuple that of an answer to the quoted packet: a packet of the leg the
  * error came from. Returns 0 if it is no error about a TCP packet.
  */
-static __noinline int icmp_quoted(struct __sk_buff *skb, struct packet *pkt)
+static __noinline int icmp_quoted(frame_t *f, struct packet *pkt)
 {
 	struct quoted_tcp tcp;
 	__u32 at, length;
 	__u8 type;
 
-	if (!pkt || bpf_skb_load_bytes(skb, pkt->l4, &type, sizeof(type)))
+	if (!pkt || frame_load(f, pkt->l4, &type, sizeof(type)))
 		return 0;
 	at = pkt->l4 + ICMP_HEADER;
 	if (pkt->family == AF_INET && type == ICMP4_UNREACHABLE)
-		length = icmp_quote4(skb, pkt, at);
+		length = icmp_quote4(f, pkt, at);
 	else if (pkt->family == AF_INET6 && (type == ICMP6_UNREACHABLE || type == ICMP6_TOO_BIG))
-		length = icmp_quote6(skb, pkt, at);
+		length = icmp_quote6(f, pkt, at);
 	else
 		return 0;
 	/* What Ethernet filled the frame up with is no quote. */
 	if (!length || at + length + sizeof(tcp) > pkt->l3 + pkt->length ||
-	    bpf_skb_load_bytes(skb, at + length, &tcp, sizeof(tcp)))
+	    frame_load(f, at + length, &tcp, sizeof(tcp)))
 		return 0;
 	pkt->sport = tcp.dport;
 	pkt->dport = tcp.sport;
 	return 1;
 }
 
-static __noinline int icmp(struct __sk_buff *skb, struct packet *pkt, __u32 leg)
+static __noinline int icmp(frame_t *f, struct packet *pkt, __u32 leg)
 {
 	struct event_what what = {.kind = EVENT_ICMP, .leg = leg};
 	__u32 worker;
@@ -81,9 +81,9 @@ static __noinline int icmp(struct __sk_buff *skb, struct packet *pkt, __u32 leg)
 	if (!pkt)
 		return pass(REASON_NOT_TCP);
 	/* Here and not where packets are read: there it doubles the verifier's paths. */
-	if (vlan_is_stacked(skb, pkt))
+	if (vlan_is_stacked(f, pkt))
 		return pass(REASON_VLAN_STACKED);
-	if (!icmp_quoted(skb, pkt))
+	if (!icmp_quoted(f, pkt))
 		return pass(REASON_NOT_TCP);
 	if (flow_find(pkt, leg, &b))
 		worker = flow_worker(b.flow);
@@ -93,7 +93,7 @@ static __noinline int icmp(struct __sk_buff *skb, struct packet *pkt, __u32 leg)
 		return pass(REASON_NOT_TCP);
 	if (!event_is_allowed(what.kind, bpf_ktime_get_coarse_ns()))
 		return drop(REASON_ICMP_LIMITED);
-	if (!event_send(skb, pkt, what, worker, EVENT_ICMP_ERROR))
+	if (!event_send(f, pkt, what, worker, EVENT_ICMP_ERROR))
 		return drop(REASON_EVENT_LOST);
 	return drop(REASON_ICMP);
 }

@@ -4,29 +4,21 @@
 #define SNILB_OFFER_H
 
 /* One tag in the frame, and one that the kernel took off before us. */
-static __always_inline bool vlan_is_stacked(const struct __sk_buff *skb, const struct packet *pkt)
+static __always_inline bool vlan_is_stacked(const frame_t *f, const struct packet *pkt)
 {
-	return pkt->tagged && skb->vlan_present;
+	return pkt->tagged && frame_is_tagged(f);
 }
 
-/* Reads the packet, pulling its headers into the linear part when a driver left
- * them in fragments.
- */
-static __always_inline enum reason packet_read(struct __sk_buff *skb, struct packet *pkt)
+static __always_inline enum reason packet_read(frame_t *f, struct packet *pkt)
 {
-	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
-	__u32 most = sizeof(struct ethhdr) + VLAN_HEADER + sizeof(struct ipv6hdr) + TCP_HEADER_MAX;
 	enum reason why;
 
-	if (data + most > data_end && skb->len > data_end - data) {
-		/* Headers only: the rest stays where it is. */
-		if (bpf_skb_pull_data(skb, skb->len < most ? skb->len : most))
-			return REASON_MALFORMED;
-		data = (void *)(long)skb->data;
-		data_end = (void *)(long)skb->data_end;
-	}
-	why = packet_parse(data, data_end, skb->len, pkt);
-	if (why == REASON_OK && vlan_is_stacked(skb, pkt))
+	if (frame_pull(f))
+		return REASON_MALFORMED;
+	why = packet_parse(frame_data(f), frame_end(f), pkt);
+	if ((why == REASON_OK || why == REASON_ICMP) && !frame_holds(f, pkt->l3 + pkt->length))
+		return REASON_MALFORMED;
+	if (why == REASON_OK && vlan_is_stacked(f, pkt))
 		return REASON_VLAN_STACKED;
 	return why;
 }
@@ -59,7 +51,7 @@ static __always_inline bool path_is_ours(const struct packet *pkt)
 /* Whether an established (or closing) socket of this node owns the packet's
  * connection. A listening one does not: its place is what we take.
  */
-static __noinline int socket_owns(struct __sk_buff *skb, struct packet *pkt)
+static __noinline int socket_owns(frame_t *f, struct packet *pkt)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sk;
@@ -74,14 +66,14 @@ static __noinline int socket_owns(struct __sk_buff *skb, struct packet *pkt)
 		tuple.ipv4.sport = pkt->sport;
 		tuple.ipv4.dport = pkt->dport;
 		size = sizeof(tuple.ipv4);
-		sk = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_skc_lookup_tcp(f, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	} else {
 		address_copy(tuple.ipv6.saddr, pkt->saddr);
 		address_copy(tuple.ipv6.daddr, pkt->daddr);
 		tuple.ipv6.sport = pkt->sport;
 		tuple.ipv6.dport = pkt->dport;
 		size = sizeof(tuple.ipv6);
-		sk = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_skc_lookup_tcp(f, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	}
 	if (!sk)
 		return 0;
@@ -95,8 +87,8 @@ static __always_inline bool daemon_is_dead(const struct live *ctl, __u64 now)
 	return ctl->beat + dead_after < now;
 }
 
-static __always_inline int offer_syn(struct __sk_buff *skb, struct packet *pkt,
-				     const struct live *ctl, bool closing)
+static __always_inline int offer_syn(frame_t *f, struct packet *pkt, const struct live *ctl,
+				     bool closing)
 {
 	if (daemon_is_dead(ctl, bpf_ktime_get_coarse_ns()))
 		return pass(REASON_DAEMON_DEAD);
@@ -106,13 +98,13 @@ static __always_inline int offer_syn(struct __sk_buff *skb, struct packet *pkt,
 		flow_forget(pkt, LEG_CLIENT);
 	if (pkt->payload > SYN_PAYLOAD_MAX)
 		return drop(REASON_JUNK);
-	if (synack_make(skb, pkt))
+	if (synack_make(f, pkt))
 		return drop(REASON_WRITE_ERROR);
-	return verdict(bpf_redirect(skb->ifindex, 0), REASON_SYN_ANSWERED);
+	return verdict(frame_return(f), REASON_SYN_ANSWERED);
 }
 
 /* A packet of a connection that neither we nor a socket of this node know. */
-static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *pkt,
+static __always_inline int offer_unknown(frame_t *f, struct packet *pkt,
 					 const struct listener *listener)
 {
 	struct event_what what = {.kind = EVENT_UNKNOWN, .listener = listener->id};
@@ -124,7 +116,7 @@ static __always_inline int offer_unknown(struct __sk_buff *skb, struct packet *p
 		return drop(REASON_UNKNOWN_DROP);
 	if (!event_is_allowed(what.kind, bpf_ktime_get_coarse_ns()))
 		return drop(REASON_UNKNOWN_LIMITED);
-	if (!event_send(skb, pkt, what, bpf_get_smp_processor_id() % workers, EVENT_HEADERS_ONLY))
+	if (!event_send(f, pkt, what, bpf_get_smp_processor_id() % workers, EVENT_HEADERS_ONLY))
 		return drop(REASON_EVENT_LOST);
 	return drop(REASON_UNKNOWN_RESET);
 }
@@ -146,7 +138,7 @@ static __always_inline bool closed_before(const struct live *ctl, const struct p
 /* A packet to one of our ports that belongs to no bound flow. closing: it had one,
  * which is over.
  */
-static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool closing)
+static __always_inline int offer(frame_t *f, struct packet *pkt, bool closing)
 {
 	__u32 zero = 0, cookie = pkt->ack - 1;
 	__u64 wall;
@@ -160,21 +152,21 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 	 * connection looks like a valid one. SYNs as well: were one answered whose
 	 * tuple a socket still holds (TIME_WAIT), its hello would go to that socket.
 	 */
-	if (socket_owns(skb, pkt))
+	if (socket_owns(f, pkt))
 		return pass(REASON_SOCKET);
 	if ((pkt->flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
-		return offer_syn(skb, pkt, ctl, closing);
+		return offer_syn(f, pkt, ctl, closing);
 	wall = bpf_ktime_get_coarse_ns() + ctl->wall_offset;
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
 	    !cookie_valid(ctl, pkt, cookie, wall)) {
 		if (!closed_before(ctl, pkt, wall))
-			return offer_unknown(skb, pkt, listener);
+			return offer_unknown(f, pkt, listener);
 		what.kind = EVENT_CLOSED;
 	}
 	if (!pkt->payload && !(pkt->flags & (TCP_FIN | TCP_RST)))
 		return drop(REASON_HANDSHAKE_ACK);
 	what.listener = listener->id;
-	if (!event_send(skb, pkt, what, client_worker(pkt), EVENT_DATA))
+	if (!event_send(f, pkt, what, client_worker(pkt), EVENT_DATA))
 		return drop(REASON_EVENT_LOST);
 	return drop(REASON_HELLO);
 }
@@ -182,11 +174,11 @@ static __always_inline int offer(struct __sk_buff *skb, struct packet *pkt, bool
 /* A packet from a backend that no flow takes: of a handshake of the engine's, or the
  * rest of a flow that is gone. The stack must not see it: it would reset.
  */
-static __always_inline int backend_event(struct __sk_buff *skb, struct packet *pkt, __u32 worker)
+static __always_inline int backend_event(frame_t *f, struct packet *pkt, __u32 worker)
 {
 	struct event_what what = {.kind = EVENT_BACKEND, .leg = LEG_BACKEND};
 
-	if (!event_send(skb, pkt, what, worker, EVENT_DATA))
+	if (!event_send(f, pkt, what, worker, EVENT_DATA))
 		return drop(REASON_EVENT_LOST);
 	return drop(REASON_BACKEND);
 }
@@ -206,15 +198,6 @@ static __always_inline bool source_may_be_client(void)
 	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
 
 	return ctl && ctl->flags & LIVE_SOURCE_CLIENT;
-}
-
-static __always_inline int tap_output(struct __sk_buff *skb, struct packet *pkt, __u32 index)
-{
-	struct nexthop *hop = bpf_map_lookup_elem(&nexthops, &index);
-
-	if (!hop || !hop->ifindex)
-		return drop(REASON_NO_NEXTHOP);
-	return verdict(nexthop_send(skb, hop, pkt->family, pkt->daddr), REASON_ENGINE_OUTPUT);
 }
 
 #endif

@@ -20,6 +20,7 @@
 #define IP_OFFSET_OR_MORE 0x3fff /* fragment offset and MF, host order */
 #define VLAN_HEADER	  4
 #define TCP_HEADER_MAX	  60
+#define TCP_CHECK_OFFSET  16
 
 /* A TCP packet of either family. IPv4 addresses are v4-mapped, so that one key
  * serves both in the tables that are not looked up for every packet.
@@ -147,12 +148,10 @@ static __always_inline enum reason packet_parse_tcp(void *data, void *data_end, 
 	return REASON_OK;
 }
 
-/* Reads Ethernet, at most one VLAN tag, IP and TCP. frame is the number of bytes
- * of the whole frame, linear or not: an IP length beyond it is malformed. Of ICMP
- * (REASON_ICMP) only IP is read.
+/* Reads Ethernet, at most one VLAN tag, IP and TCP; of ICMP (REASON_ICMP) only IP.
+ * Whether the frame holds all that IP says is not known here.
  */
-static __always_inline enum reason packet_parse(void *data, void *data_end, __u32 frame,
-						struct packet *pkt)
+static __always_inline enum reason packet_parse(void *data, void *data_end, struct packet *pkt)
 {
 	struct ethhdr *eth = data;
 	enum reason why;
@@ -181,10 +180,6 @@ static __always_inline enum reason packet_parse(void *data, void *data_end, __u3
 		why = REASON_VLAN_STACKED;
 	else
 		why = REASON_NOT_TCP;
-	if (why != REASON_OK && why != REASON_ICMP)
-		return why;
-	if (pkt->l3 + pkt->length > frame)
-		return REASON_MALFORMED;
 	return why == REASON_OK ? packet_parse_tcp(data, data_end, pkt) : why;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
 /* The rewrite of a bound flow's packet: one function for both directions, four
  * offsets, no byte more or less. What it changes under the TCP checksum comes
- * back as sums, since TC must tell the kernel and XDP writes them itself.
+ * back as sums.
  */
 #ifndef SNILB_REWRITE_H
 #define SNILB_REWRITE_H
@@ -15,11 +15,6 @@
 #define TCPOPT_TIMESTAMP      8
 #define TCPOPT_MAX	      40
 #define NOP_NOP_TIMESTAMP     0x0101080a
-
-struct csum_change {
-	__u64 pseudo; /* addresses: under the TCP checksum and IPv6's only */
-	__u64 tcp;    /* the TCP header itself */
-};
 
 /* The options of one packet, copied out: 64 bytes let an index be masked. */
 struct options {
@@ -76,8 +71,8 @@ static long option_translate(__u32 i, struct options *o)
  * are those of an array. Returns what changed, as a sum to add to the TCP
  * checksum's, or -1 when a helper refused.
  */
-static __noinline __s64 rewrite_options(struct __sk_buff *skb, __u32 at, __u32 len,
-					struct flow *flow, bool has_ack)
+static __noinline __s64 rewrite_options(frame_t *f, __u32 at, __u32 len, struct flow *flow,
+					bool has_ack)
 {
 	struct options o = {.len = len};
 	__u32 old;
@@ -87,11 +82,11 @@ static __noinline __s64 rewrite_options(struct __sk_buff *skb, __u32 at, __u32 l
 	o.ack = flow->ack;
 	o.tsval = flow->tsval;
 	o.tsecr = has_ack ? flow->tsecr : 0;
-	if (bpf_skb_load_bytes(skb, at, o.bytes, len))
+	if (frame_load(f, at, o.bytes, len))
 		return -1;
 	old = bpf_csum_diff(NULL, 0, (void *)o.bytes, TCPOPT_MAX, 0);
 	bpf_loop(TCPOPT_MAX, option_translate, &o, 0);
-	if (bpf_skb_store_bytes(skb, at, o.bytes, len, 0))
+	if (frame_store(f, at, o.bytes, len))
 		return -1;
 	return (__u32)bpf_csum_diff(NULL, 0, (void *)o.bytes, TCPOPT_MAX, ~old);
 }

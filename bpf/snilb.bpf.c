@@ -21,6 +21,7 @@
 #include "maps.h"
 #include "packet.h"
 #include "csum.h"
+#include "frame_tc.h"
 #include "cookie.h"
 #include "verdict.h"
 #include "event.h"
@@ -28,6 +29,7 @@
 #include "flow.h"
 #include "synack.h"
 #include "offer.h"
+#include "path.h"
 #include "icmp.h"
 #include "jobs.h"
 
@@ -37,7 +39,6 @@ int snilb_client(struct __sk_buff *skb)
 {
 	struct packet pkt = {};
 	enum reason why = packet_read(skb, &pkt);
-	struct bound b;
 
 	if (why == REASON_ICMP)
 		return icmp(skb, &pkt, LEG_CLIENT);
@@ -45,15 +46,7 @@ int snilb_client(struct __sk_buff *skb)
 		return pass(why);
 	if (!listener_has_port(pkt.dport))
 		return pass(REASON_NOT_OURS);
-
-	if (!flow_find(&pkt, LEG_CLIENT, &b))
-		return offer(skb, &pkt, false);
-	if (pkt.flags & TCP_SYN) {
-		if (flow_is_closing(&b, LEG_CLIENT))
-			return offer(skb, &pkt, true);
-		flow_mark(b.flow, FLOW_SYN);
-	}
-	return flow_forward(skb, &pkt, &b, LEG_CLIENT);
+	return path_client(skb, &pkt);
 }
 
 /* Backend-facing interfaces, ingress. */
@@ -62,26 +55,21 @@ int snilb_backend(struct __sk_buff *skb)
 {
 	struct packet pkt = {};
 	enum reason why = packet_read(skb, &pkt);
-	bool ours;
-	struct bound b;
 
 	if (why == REASON_ICMP)
 		return icmp(skb, &pkt, LEG_BACKEND);
 	if (why != REASON_OK)
 		return pass(why);
-	ours = port_is_ours(pkt.dport);
-	if (!ours && !source_may_be_client())
-		return pass(REASON_NOT_OURS);
+	return path_backend(skb, &pkt);
+}
 
-	if (flow_find(&pkt, LEG_BACKEND, &b)) {
-		/* A SYN-ACK on a bound flow is a repeated one, and not for the client. */
-		if (pkt.flags & TCP_SYN || b.flow->control & FLOW_PENDING)
-			return backend_event(skb, &pkt, flow_worker(b.flow));
-		return flow_forward(skb, &pkt, &b, LEG_BACKEND);
-	}
-	if (!ours || !path_is_ours(&pkt))
-		return pass(REASON_NOT_OURS);
-	return backend_event(skb, &pkt, port_worker(pkt.dport));
+static __always_inline int tap_output(struct __sk_buff *skb, struct packet *pkt, __u32 index)
+{
+	struct nexthop *hop = bpf_map_lookup_elem(&nexthops, &index);
+
+	if (!hop || !hop->ifindex)
+		return drop(REASON_NO_NEXTHOP);
+	return verdict(frame_send(skb, pkt, hop, pkt->daddr), REASON_ENGINE_OUTPUT);
 }
 
 /* The engine's TAP device, ingress: every frame was written by the engine, and its

@@ -17,16 +17,36 @@
 #include "abi.h"
 #include "config.h"
 #include "maps.h"
+#include "packet.h"
+#include "csum.h"
+#include "frame_xdp.h"
+#include "cookie.h"
+#include "verdict.h"
+#include "event.h"
+#include "rewrite.h"
+#include "flow.h"
+#include "synack.h"
+#include "offer.h"
+#include "path.h"
 
+/* Every interface that has XDP; backends may be where clients are. */
 SEC("xdp.frags")
 int snilb_xdp(struct xdp_md *ctx)
 {
-	__u32 slot = counter_slot;
-	struct counter_set *c = bpf_map_lookup_elem(&counters, &slot);
+	struct packet pkt = {};
+	enum reason why = packet_read(ctx, &pkt);
+	bool client;
 
-	if (c)
-		c->packets[REASON_NOT_OURS]++;
-	return XDP_PASS;
+	if (why == REASON_ICMP)
+		return pass(REASON_LEFT_ICMP);
+	if (why != REASON_OK)
+		return pass(why);
+	client = faces_clients && listener_has_port(pkt.dport);
+	if (!client && !port_is_ours(pkt.dport) && !source_may_be_client())
+		return pass(REASON_NOT_OURS);
+	if (frame_is_partial(ctx, &pkt))
+		return pass(REASON_LEFT_CHECKSUM);
+	return client ? path_client(ctx, &pkt) : path_backend(ctx, &pkt);
 }
 
 char _license[] SEC("license") = "GPL";

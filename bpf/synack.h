@@ -104,7 +104,7 @@ static long synack_step(__u32 i, struct synack *s)
 }
 
 /* Sums the payload of a SYN (TFO), which the SYN-ACK does not carry. */
-static __noinline __s64 synack_payload_sum(struct __sk_buff *skb, __u32 at, __u32 len)
+static __noinline __s64 synack_payload_sum(frame_t *f, __u32 at, __u32 len)
 {
 	__u32 zero = 0;
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
@@ -112,7 +112,7 @@ static __noinline __s64 synack_payload_sum(struct __sk_buff *skb, __u32 at, __u3
 
 	if (!s || len < 1 || len > SYN_PAYLOAD_MAX)
 		return -1;
-	if (bpf_skb_load_bytes(skb, at, s->data, len))
+	if (frame_load(f, at, s->data, len))
 		return -1;
 	/* bpf_csum_diff takes whole words: what is left of the last one is zero. */
 	for (__u32 i = 0; i < 3; i++)
@@ -176,12 +176,12 @@ static __always_inline void synack_ip6(struct ipv6hdr *ip, __u16 payload)
 	ip->daddr = saddr;
 }
 
-static __always_inline int synack_lower_layers(struct __sk_buff *skb, const struct packet *pkt)
+static __always_inline int synack_lower_layers(frame_t *f, const struct packet *pkt)
 {
 	struct headers h;
 	__u8 mac[6];
 
-	if (!packet_headers((void *)(long)skb->data, (void *)(long)skb->data_end, pkt, &h))
+	if (!packet_headers(frame_data(f), frame_end(f), pkt, &h))
 		return -1;
 	if (pkt->family == AF_INET)
 		synack_ip4(h.ip4, sizeof(*h.ip4) + pkt->header);
@@ -194,25 +194,26 @@ static __always_inline int synack_lower_layers(struct __sk_buff *skb, const stru
 }
 
 /* Cuts a SYN's payload off, in length and checksum. */
-static __always_inline int synack_trim(struct __sk_buff *skb, const struct packet *pkt, __u64 *tcp,
-				       __u64 *pseudo)
+static __always_inline int synack_trim(frame_t *f, const struct packet *pkt,
+				       struct csum_change *change)
 {
 	__u16 with = pkt->header + pkt->payload;
-	__s64 sum = synack_payload_sum(skb, pkt->l4 + pkt->header, pkt->payload);
+	__s64 sum = synack_payload_sum(f, pkt->l4 + pkt->header, pkt->payload);
 
-	if (sum < 0 || bpf_skb_change_tail(skb, pkt->l4 + pkt->header, 0))
+	if (sum < 0 || frame_trim(f, pkt->l4 + pkt->header))
 		return -1;
-	*tcp += (__u32)~sum;
-	csum_change16(pseudo, bpf_htons(with), bpf_htons(pkt->header));
+	change->tcp += (__u32)~sum;
+	csum_change16(&change->pseudo, bpf_htons(with), bpf_htons(pkt->header));
 	return 0;
 }
 
 /* Turns the SYN into the SYN-ACK. Returns -1 when a helper refused. */
-static __noinline int synack_make(struct __sk_buff *skb, struct packet *pkt)
+static __noinline int synack_make(frame_t *f, struct packet *pkt)
 {
 	__u32 zero = 0;
 	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
-	__u64 now = bpf_ktime_get_coarse_ns(), tcp = 0, pseudo = 0;
+	__u64 now = bpf_ktime_get_coarse_ns();
+	struct csum_change change = {};
 	struct synack s = {.client_wscale = COOKIE_NO_WSCALE, .at = sizeof(struct tcphdr)};
 	struct cookie_options opt;
 	__u32 old, len;
@@ -222,7 +223,7 @@ static __noinline int synack_make(struct __sk_buff *skb, struct packet *pkt)
 	len = pkt->header;
 	if (len < sizeof(struct tcphdr) || len > TCP_HEADER_MAX)
 		return -1;
-	if (bpf_skb_load_bytes(skb, pkt->l4, s.header, len))
+	if (frame_load(f, pkt->l4, s.header, len))
 		return -1;
 	old = bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, 0);
 	s.len = len;
@@ -236,19 +237,16 @@ static __noinline int synack_make(struct __sk_buff *skb, struct packet *pkt)
 	opt.wscale = s.client_wscale;
 	opt.sack = s.sack;
 	synack_numbers(&s, pkt, cookie_make(ctl, pkt, &opt, now + ctl->wall_offset));
-	tcp = (__u32)bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, ~old);
+	change.tcp = (__u32)bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, ~old);
 
 	/* ---- from here on the packet is changed ---- */
-	if (pkt->payload && synack_trim(skb, pkt, &tcp, &pseudo))
+	if (pkt->payload && synack_trim(f, pkt, &change))
 		return -1;
-	if (bpf_skb_store_bytes(skb, pkt->l4, s.header, len, 0))
+	if (frame_store(f, pkt->l4, s.header, len))
 		return -1;
-	if (synack_lower_layers(skb, pkt))
+	if (synack_lower_layers(f, pkt))
 		return -1;
-	if (pkt->payload && bpf_l4_csum_replace(skb, pkt->l4 + TCP_CHECK_OFFSET, 0,
-						csum_fold64(pseudo), F_PSEUDO_HDR))
-		return -1;
-	return bpf_l4_csum_replace(skb, pkt->l4 + TCP_CHECK_OFFSET, 0, csum_fold64(tcp), 0);
+	return frame_fix_checksum(f, pkt, &change);
 }
 
 #endif

@@ -5,11 +5,6 @@
 #ifndef SNILB_VERDICT_H
 #define SNILB_VERDICT_H
 
-#ifndef TCX_NEXT
-#define TCX_NEXT -1 /* let the programs behind us and the stack have it */
-#endif
-#define TCX_DROP 2
-
 static __always_inline int verdict(int action, enum reason why)
 {
 	__u32 slot = counter_slot;
@@ -23,12 +18,12 @@ static __always_inline int verdict(int action, enum reason why)
 /* Before the first write: the stack gets the packet as it came. */
 static __always_inline int pass(enum reason why)
 {
-	return verdict(TCX_NEXT, why);
+	return verdict(FRAME_PASS, why);
 }
 
 static __always_inline int drop(enum reason why)
 {
-	return verdict(TCX_DROP, why);
+	return verdict(FRAME_DROP, why);
 }
 
 #endif

@@ -60,6 +60,5 @@ var Reasons = [bpfReasonREASON_LEN]ReasonInfo{
 	bpfReasonREASON_LEFT_NEXTHOP:     {"left_nexthop", ActionPass},
 	bpfReasonREASON_LEFT_TOO_BIG:     {"left_too_big", ActionPass},
 	bpfReasonREASON_LEFT_CHECKSUM:    {"left_checksum", ActionPass},
-	bpfReasonREASON_LEFT_PAYLOAD:     {"left_payload", ActionPass},
 	bpfReasonREASON_LEFT_FRAME:       {"left_frame", ActionPass},
 }

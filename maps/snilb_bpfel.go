@@ -27,7 +27,7 @@ type bpfCookieKey struct {
 
 type bpfCounterSet struct {
 	_       structs.HostLayout
-	Packets [37]uint64
+	Packets [36]uint64
 }
 
 type bpfEventHeader struct {
@@ -257,9 +257,8 @@ const (
 	bpfReasonREASON_LEFT_NEXTHOP     bpfReason = 32
 	bpfReasonREASON_LEFT_TOO_BIG     bpfReason = 33
 	bpfReasonREASON_LEFT_CHECKSUM    bpfReason = 34
-	bpfReasonREASON_LEFT_PAYLOAD     bpfReason = 35
-	bpfReasonREASON_LEFT_FRAME       bpfReason = 36
-	bpfReasonREASON_LEN              bpfReason = 37
+	bpfReasonREASON_LEFT_FRAME       bpfReason = 35
+	bpfReasonREASON_LEN              bpfReason = 36
 )
 
 type bpfScratch struct {
