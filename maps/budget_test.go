@@ -29,7 +29,7 @@ type cost struct {
 func verifierCost(t *testing.T, name string) cost {
 	t.Helper()
 	needRoot(t)
-	spec := testSpec(t, settings{workers: 4, ringSize: defaultRing})
+	spec := testSpec(t, settings{workers: 4, ringSize: defaultRing, xdp: name == ProgramXDP})
 	for other := range spec.Programs {
 		if other != name {
 			delete(spec.Programs, other)
@@ -92,7 +92,7 @@ func TestParseCost(t *testing.T) {
 // file with the reason.
 func TestVerifierBudget(t *testing.T) {
 	got := make(map[string]cost)
-	for _, name := range []string{ProgramClient, ProgramBackend, ProgramTap} {
+	for _, name := range []string{ProgramClient, ProgramBackend, ProgramTap, ProgramXDP} {
 		got[name] = verifierCost(t, name)
 		t.Logf("%s: %+v", name, got[name])
 	}

@@ -129,6 +129,7 @@ type settings struct {
 	ringSize   int
 	ringBusy   uint64
 	noCsumIPv6 bool // as on a kernel without BPF_F_IPV6
+	xdp        bool // the XDP object
 }
 
 // rig is the programs, loaded, with their tables, and a clock that stands in the
@@ -206,7 +207,11 @@ func (s settings) variables() map[string]any {
 
 func testSpec(tb testing.TB, set settings) *ebpf.CollectionSpec {
 	tb.Helper()
-	spec, err := Spec()
+	read := Spec
+	if set.xdp {
+		read = SpecXDP
+	}
+	spec, err := read()
 	must(tb, err)
 	for name, value := range set.variables() {
 		must(tb, spec.Variables[name].Set(value))
