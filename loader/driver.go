@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
@@ -64,6 +65,36 @@ func xdpFeatures(ns *namespace, ifindex int) (features uint64, known bool, err e
 		}
 	}
 	return features, true, nil
+}
+
+// subscribeToDrivers hears when what drivers can do changes: that of a veth does with its
+// peer. Returns nil on a kernel that does not tell.
+func subscribeToDrivers(ns *namespace) (changes, error) {
+	var socket *nl.NetlinkSocket
+	err := ns.do(func() error {
+		family, err := netlink.GenlFamilyGet(netdevFamily)
+		if err != nil {
+			return err
+		}
+		group := slices.IndexFunc(family.Groups, func(g netlink.GenlMulticastGroup) bool { return g.Name == netdevGroup })
+		if group < 0 {
+			return fmt.Errorf("generic netlink family %s has no group %s", netdevFamily, netdevGroup)
+		}
+		if socket, err = nl.Subscribe(unix.NETLINK_GENERIC); err != nil {
+			return err
+		}
+		return unix.SetsockoptInt(socket.GetFd(), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, int(family.Groups[group].ID))
+	})
+	if err != nil {
+		if socket != nil {
+			socket.Close()
+		}
+		if errors.Is(err, unix.ENOENT) {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("subscribe to changes of drivers: %w", err)
+	}
+	return socket, nil
 }
 
 // ethFlagLRO is ETH_FLAG_LRO of <linux/ethtool.h>.
@@ -161,7 +192,7 @@ func (s *xdpSender) output(device netlink.Link) (xdpOutput, error) {
 	}
 	// Back by the way it came in (XDP_TX), only a veth asks more of the device than that it has XDP.
 	backOnly := s.sole == device.Attrs().Name && device.Type() != "veth"
-	if !(known && features&featureXmit != 0) && !backOnly {
+	if (!known || features&featureXmit == 0) && !backOnly {
 		return xdpOutput{}, nil
 	}
 	out.buffers = known && features&featureXmitBuffers != 0

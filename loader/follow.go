@@ -83,8 +83,18 @@ func (i *Instance) follow(ctx context.Context) error {
 		return err
 	}
 	defer socket.Close()
-	changed, ended := make(chan struct{}, 1), make(chan error, 1)
+	changed, ended := make(chan struct{}, 1), make(chan error, 2)
 	go i.receive(socket, changed, ended)
+	if i.opts.usesNative() {
+		drivers, err := subscribeToDrivers(i.ns)
+		if err != nil {
+			return err
+		}
+		if drivers != nil {
+			defer drivers.Close()
+			go i.receive(drivers, changed, ended)
+		}
+	}
 
 	i.cache.flush() // what changed before the subscription
 	for {

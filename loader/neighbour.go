@@ -97,7 +97,8 @@ func (t *neighbourTable) manage(key neighbourKey) (*netlink.Neigh, error) {
 		return found, fmt.Errorf("mark neighbour: %w", err)
 	}
 	t.watched[key] = true
-	if err := setManaged(t.ns, key, found, netlink.NTF_EXT_MANAGED); err != nil {
+	// Somebody may add it at the same time, and fix it: that is his message's turn.
+	if err := setManaged(t.ns, key, found, netlink.NTF_EXT_MANAGED); err != nil && !errors.Is(err, unix.EEXIST) {
 		return found, err
 	}
 	return lookupNeighbour(t.ns, key)
@@ -196,13 +197,16 @@ func releaseNeighbour(ns *namespace, key neighbourKey) error {
 }
 
 // setManaged sets or clears the flag and nothing else: with NTF_USE the kernel leaves
-// state and link address alone.
+// the state but NUD_PERMANENT and the link address alone. One that was not found is
+// added; an error is EEXIST if it is there by now.
 func setManaged(ns *namespace, key neighbourKey, found *netlink.Neigh, managed int) error {
 	n := &netlink.Neigh{LinkIndex: key.ifindex, IP: key.addr.AsSlice(), Flags: netlink.NTF_USE, FlagsExt: managed}
+	set := ns.NeighAdd
 	if found != nil {
+		set = ns.NeighSet
 		n.Flags |= found.Flags & netlink.NTF_EXT_LEARNED // which would be cleared
 	}
-	if err := ns.NeighSet(n); err != nil {
+	if err := set(n); err != nil {
 		return fmt.Errorf("set whether neighbour %v is managed: %w", key.addr, err)
 	}
 	return nil

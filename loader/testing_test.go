@@ -155,6 +155,13 @@ func snapshot(tb testing.TB, ns *namespace) []string {
 		for _, q := range qdiscs {
 			all = append(all, fmt.Sprintf("qdisc %s on %s", q.Type(), d.Attrs().Name))
 		}
+		neighbours, err := netlink.NeighList(d.Attrs().Index, 0)
+		must(tb, err)
+		for _, n := range neighbours {
+			if n.FlagsExt&netlink.NTF_EXT_MANAGED != 0 {
+				all = append(all, fmt.Sprintf("managed neighbour %s on %s", n.IP, d.Attrs().Name))
+			}
+		}
 	}
 	for _, dir := range []string{stateDir, runDir} {
 		found, err := filepath.Glob(filepath.Join(dir, "*"+ns.suffix+"*"))
