@@ -158,7 +158,7 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 	if err := step("load"); err != nil {
 		return nil, err
 	}
-	if a.prog, err = i.loadProgram(role, a.slot, facesClients); err != nil {
+	if a.prog, err = i.loadProgram(role, a.mode, a.slot, facesClients); err != nil {
 		return nil, err
 	}
 	if err = step("hook"); err == nil {

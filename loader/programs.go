@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
 
 	bpf "snilb/maps"
 )
@@ -140,7 +141,7 @@ func (i *Instance) createRing(index uint32, name string, size int) error {
 
 // createJobs loads the program that works on flows, and maps what each worker shares with it.
 func (i *Instance) createJobs() error {
-	prog, err := i.loadProgram(roleJobs, 0, true)
+	prog, err := i.loadProgram(roleJobs, ModeTC, 0, true)
 	if err != nil {
 		return err
 	}
@@ -156,10 +157,15 @@ func (i *Instance) createJobs() error {
 }
 
 // loadProgram loads a copy of a role's program that counts in a slot of its own.
-func (i *Instance) loadProgram(role Role, slot uint32, facesClients bool) (*ebpf.Program, error) {
+func (i *Instance) loadProgram(role Role, mode Mode, slot uint32, facesClients bool) (*ebpf.Program, error) {
 	spec, err := i.spec(role, slot, facesClients)
 	if err != nil {
 		return nil, err
+	}
+	if mode == ModeXDPGeneric {
+		// For a program that takes several buffers the kernel (6.18) copies a packet without the length of its
+		// Ethernet header, and TC sees it from its IP header on. Other programs see all packets in one buffer.
+		spec.Programs[programOf[role]].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
 	if err != nil {

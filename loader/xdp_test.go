@@ -12,6 +12,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"snilb/maps"
 )
 
 // eachXDP runs a test in both modes of XDP.
@@ -113,8 +115,8 @@ func TestXDPAttachesAndDetaches(t *testing.T) {
 	wantSame(t, snapshot(t, ns), before)
 }
 
-// The constant says whether clients come in, and each program counts for itself.
-func TestXDPCounts(t *testing.T) {
+// What XDP passes on TC sees as it came in, and each program counts it for itself.
+func TestXDPPasses(t *testing.T) {
 	eachXDP(t, func(t *testing.T, mode Mode) {
 		newNetns(t)
 		eth0 := addXDPVeth(t, "eth0", "10.9.0.1/24")
@@ -122,12 +124,50 @@ func TestXDPCounts(t *testing.T) {
 		o.Mode = mode
 		i := loadAttached(t, o)
 		before := packets(t, i)
-		sendFrame(t, "eth0-far", udpFrame(eth0.Attrs().HardwareAddr))
-		eventually(t, "counted", func() bool {
-			after := packets(t, i)
-			return after[RoleXDP] > before[RoleXDP] && after[RoleClient] > before[RoleClient]
-		})
+		notTCP := reason(t, i, RoleClient, "not_tcp")
+		const sent = 50 // more than the stack's own
+		for range sent {
+			sendFrame(t, "eth0-far", udpFrame(eth0.Attrs().HardwareAddr))
+		}
+		eventually(t, "counted by XDP", func() bool { return packets(t, i)[RoleXDP] >= before[RoleXDP]+sent })
+		eventually(t, "read by TC", func() bool { return reason(t, i, RoleClient, "not_tcp") >= notTCP+sent })
 	})
+}
+
+// reason is how many packets the programs of a role counted under that name.
+func reason(t *testing.T, i *Instance, role Role, name string) (n uint64) {
+	t.Helper()
+	for _, s := range i.Interfaces() {
+		if s.Role != role {
+			continue
+		}
+		set, err := i.Tables().Packets(s.Slot)
+		must(t, err)
+		for r, count := range set.Packets {
+			if maps.Reasons[r].Name == name {
+				n += count
+			}
+		}
+	}
+	return n
+}
+
+// Of one interface the program is told that clients come in by it, of the other one not.
+func TestXDPConstants(t *testing.T) {
+	newNetns(t)
+	addXDPVeth(t, "eth0", "10.9.0.1/24")
+	i := load(t, testOptions(t, "eth0"))
+	for _, faces := range []bool{false, true} {
+		spec, err := i.spec(RoleXDP, 7, faces)
+		must(t, err)
+		var got bool
+		var slot uint32
+		must(t, spec.Variables[maps.VarFacesClients].Get(&got))
+		must(t, spec.Variables[maps.VarCounterSlot].Get(&slot))
+		if got != faces || slot != 7 {
+			t.Errorf("faces clients %v in slot %d, want %v in 7", got, slot, faces)
+		}
+	}
 }
 
 // Every step of both modes is made to fail in turn.
