@@ -105,7 +105,7 @@ func (i *Instance) Attach() error {
 	slices.SortStableFunc(targets, func(a, b target) int {
 		return slices.Index(order, a.role) - slices.Index(order, b.role)
 	})
-	i.warnOfUnknownFeatures()
+	i.warnOfOldKernel()
 	var done []*attachment
 	for _, t := range targets {
 		a, err := i.attach(t.device, t.role)
@@ -151,7 +151,7 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 	mode, facesClients := i.opts.mode(name)
 	if role == RoleXDP {
 		a.mode = mode
-		if err := checkXDP(i.ns, device, mode, i.opts.Name); err != nil {
+		if err := i.opts.checkXDP(i.ns, device, mode); err != nil {
 			return nil, err
 		}
 	}

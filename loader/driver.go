@@ -32,7 +32,10 @@ const (
 )
 
 // xdpFeatures asks what a driver can do. known is false on a kernel that does not tell.
-func xdpFeatures(ns *namespace, ifindex int) (features uint64, known bool, err error) {
+func (o *Options) xdpFeatures(ns *namespace, ifindex int) (features uint64, known bool, err error) {
+	if o.hideDrivers {
+		return 0, false, nil
+	}
 	var messages [][]byte
 	err = ns.do(func() error {
 		family, err := netlink.GenlFamilyGet(netdevFamily)
@@ -157,7 +160,7 @@ func (i *Instance) newSender() *xdpSender {
 		native: i.opts.usesNative(), sole: i.opts.soleXDP(),
 		link: i.ns.LinkByIndex,
 		features: func(ifindex int) (uint64, bool, error) {
-			return xdpFeatures(i.ns, ifindex)
+			return i.opts.xdpFeatures(i.ns, ifindex)
 		},
 	}
 }

@@ -111,6 +111,7 @@ func (t *neighbourTable) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	defer socket.Close()
 	defer context.AfterFunc(ctx, socket.Close)()
 	t.lookAgain(nil) // what changed before the subscription
 	for {
@@ -120,9 +121,6 @@ func (t *neighbourTable) follow(ctx context.Context) error {
 			t.lookAgain(nil)
 		case errors.Is(err, unix.EINTR):
 		case err != nil:
-			if ctx.Err() == nil {
-				socket.Close()
-			}
 			return err
 		}
 		changed := make(map[neighbourKey]bool)

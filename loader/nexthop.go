@@ -463,6 +463,8 @@ func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {
 	return h, nil
 }
 
+// askLink describes an interface. A driver that cannot be asked is one that XDP does not
+// send by: TC does.
 func (i *Instance) askLink(ifindex int) (linkInfo, error) {
 	device, err := i.ns.LinkByIndex(ifindex)
 	if err != nil {
@@ -470,7 +472,9 @@ func (i *Instance) askLink(ifindex int) (linkInfo, error) {
 	}
 	known := linkInfo{mtu: device.Attrs().MTU}
 	if i.neighbours != nil {
-		known.xdp, err = i.newSender().output(device)
+		if known.xdp, err = i.newSender().output(device); err != nil && !isGone(err) {
+			i.log.Warn("XDP does not send by an interface", "interface", device.Attrs().Name, "error", err)
+		}
 	}
-	return known, err
+	return known, nil
 }

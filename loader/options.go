@@ -81,6 +81,8 @@ type Options struct {
 
 	// forceClsact attaches as on a kernel without tcx.
 	forceClsact bool
+	// hideDrivers is not to know what drivers can do, as before Linux 6.3.
+	hideDrivers bool
 	// before is called before each step that can be undone; an error of it fails the step. Optional.
 	before func(step string) error
 }

@@ -55,7 +55,7 @@ func preflight(ns *namespace, o *Options) []Problem {
 	for _, i := range o.Interfaces {
 		device, err := clientDevice(ns, i.Name)
 		if err == nil && i.Mode != ModeTC {
-			err = checkXDP(ns, device, i.Mode, o.Name)
+			err = o.checkXDP(ns, device, i.Mode)
 		}
 		if err != nil {
 			problems = append(problems, asProblem(err))

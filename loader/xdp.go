@@ -86,10 +86,10 @@ func remedyFor(iface string, mode Mode, err error) string {
 
 // checkXDP looks whether an interface can have XDP, as far as that can be known before
 // it is tried. Its errors are Problems.
-func checkXDP(ns *namespace, device netlink.Link, mode Mode, instance string) error {
+func (o *Options) checkXDP(ns *namespace, device netlink.Link, mode Mode) error {
 	if x := device.Attrs().Xdp; x != nil && x.Attached {
 		// What a dead daemon of this name left is removed before we attach.
-		if holder, err := pinHolder(ns, device.Attrs().Name, RoleXDP); err != nil || holder != instance {
+		if holder, err := pinHolder(ns, device.Attrs().Name, RoleXDP); err != nil || holder != o.Name {
 			return errors.Join(err, slotTaken(ns, device))
 		}
 	}
@@ -107,7 +107,7 @@ func checkXDP(ns *namespace, device netlink.Link, mode Mode, instance string) er
 			Remedy: "ethtool -K " + name + " lro off; or use xdp-generic or tc for it",
 		}
 	}
-	features, known, err := xdpFeatures(ns, device.Attrs().Index)
+	features, known, err := o.xdpFeatures(ns, device.Attrs().Index)
 	if err != nil || !known {
 		return err
 	}
@@ -175,19 +175,20 @@ func describeProgram(id ebpf.ProgramID) string {
 	return fmt.Sprintf("program%s (id %d)", name, id)
 }
 
-// warnOfUnknownFeatures says what XDP does less on a kernel that does not tell what
-// drivers can do.
-func (i *Instance) warnOfUnknownFeatures() {
+// warnOfOldKernel says what XDP does less, and what may go wrong, on a kernel that does
+// not tell what drivers can do.
+func (i *Instance) warnOfOldKernel() {
 	if !i.opts.usesNative() {
 		return
 	}
-	_, known, err := xdpFeatures(i.ns, i.tap.index)
+	_, known, err := i.opts.xdpFeatures(i.ns, i.tap.index)
 	if err != nil || known {
 		return
 	}
-	sends := "nothing of bound connections is sent by XDP, but by TC"
+	sends := "bound connections are left to TC"
 	if sole := i.opts.soleXDP(); sole != "" {
-		sends = "XDP sends only by " + sole + " itself, and TC by all others"
+		sends = "connections bound for others than " + sole + " are left to TC"
 	}
-	i.log.Warn("this kernel does not tell which interfaces XDP can send by (that came with Linux 6.3): " + sends)
+	i.log.Warn("this kernel does not tell by which interfaces XDP can send (that came with Linux 6.3): " + sends +
+		"; on a veth, its peer must have GRO on (ethtool -K PEER gro on) or nothing that XDP answers arrives")
 }

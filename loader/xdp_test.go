@@ -3,7 +3,9 @@
 package loader
 
 import (
+	"bytes"
 	"errors"
+	"log/slog"
 	"strings"
 	"testing"
 
@@ -219,8 +221,6 @@ func TestXDPInterfaceComesBack(t *testing.T) {
 		must(t, netlink.LinkDel(device(t, "eth0")))
 		eventually(t, "forgotten", func() bool { return len(i.Interfaces()) == 1 })
 		d := addXDPVeth(t, "eth0", "10.9.0.1/24")
-		// That GRO is on at its far end is no news: what is tells the loader to try again.
-		addAddress(t, "eth0", "10.9.0.77/24")
 		eventually(t, "attached again", func() bool { return len(programsOn(t, d)) == 3 })
 		wantSame(t, programsOn(t, d), []string{"program snilb_client on eth0", "program snilb_backend on eth0", "XDP snilb_xdp on eth0"})
 		if got := slotsOf(i); len(got) != len(slots) {
@@ -353,6 +353,46 @@ func TestXDPWithoutDriver(t *testing.T) {
 	wantProblem(t, err, "the driver of interface br0 has no XDP of its own", "use xdp-generic or tc")
 	o.Mode = ModeXDPGeneric
 	loadAttached(t, o)
+}
+
+// A kernel that does not tell what drivers can do: said once, and only what needs no
+// other interface is sent by XDP; on a veth not even that is known to arrive.
+func TestXDPOldKernel(t *testing.T) {
+	newNetns(t)
+	eth0 := addVeth(t, "eth0", "10.9.0.1/24")
+	setNeighbour(t, "eth0", "10.9.0.2", testMAC(2), netlink.NUD_PERMANENT)
+	var said bytes.Buffer
+	o := testOptions(t, "eth0")
+	o.Mode, o.hideDrivers = ModeXDP, true
+	o.Logger = slog.New(slog.NewTextHandler(&said, nil))
+	i := loadAttached(t, o)
+	if got := entry(t, i, nextHop(t, i, "10.9.0.2").Index); got.XdpIfindex != 0 {
+		t.Errorf("sent by XDP: %+v", got)
+	}
+	if n := strings.Count(said.String(), "does not tell by which interfaces XDP can send"); n != 1 {
+		t.Errorf("said %d times: %s", n, said.String())
+	}
+	if got := programsOn(t, eth0); len(got) != 3 {
+		t.Errorf("attached: %q", got)
+	}
+}
+
+func TestSoleXDP(t *testing.T) {
+	for _, c := range []struct {
+		common     Mode
+		interfaces []Interface
+		want       string
+	}{
+		{ModeTC, []Interface{{"eth0", ModeXDP}, {"eth1", ""}}, "eth0"},
+		{ModeTC, []Interface{{"eth0", ModeXDP}, {"eth1", ModeXDPGeneric}}, ""},
+		{ModeXDP, []Interface{{"eth0", ""}}, ""}, // backends may turn out to be by another one
+		{ModeTC, []Interface{{"eth0", ""}}, ""},
+	} {
+		o := Options{Interfaces: c.interfaces, Mode: c.common}.withDefaults()
+		if got := o.soleXDP(); got != c.want {
+			t.Errorf("%v and %s: %q, want %q", c.interfaces, c.common, got, c.want)
+		}
+	}
 }
 
 func TestRemedyFor(t *testing.T) {
