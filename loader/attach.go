@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -18,6 +19,7 @@ type attachment struct {
 	iface   string
 	ifindex int
 	role    Role
+	mode    Mode
 	slot    uint32
 	prog    *ebpf.Program
 	hook    hook
@@ -45,26 +47,26 @@ type slotKey struct {
 }
 
 // InterfaceStatus is one program on one interface. An interface that faces clients
-// has two, whose counters are apart: what the client program passes on, the
-// backend program behind it sees too.
+// has two, and a third one in front of them in an XDP mode. Their counters are apart:
+// what one program passes on, the next one sees too.
 type InterfaceStatus struct {
 	Name    string
 	Ifindex int
 	Role    Role
-	Mode    string // always "tc"
-	Hook    string // "tcx" or "clsact"
+	Mode    Mode   // ModeTC but for RoleXDP
+	Hook    string // "tcx", "clsact" or "xdp"
 	Slot    uint32 // in maps.Tables.Packets
 }
 
-// Interfaces lists where programs are attached, the client program of an interface
-// before its backend program.
+// Interfaces lists where programs are attached, those of an interface in the order in
+// which a packet meets them.
 func (i *Instance) Interfaces() []InterfaceStatus {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	var all []InterfaceStatus
 	for _, a := range i.sorted() {
 		all = append(all, InterfaceStatus{
-			Name: a.iface, Ifindex: a.ifindex, Role: a.role, Mode: "tc", Hook: a.hook.kind(), Slot: a.slot,
+			Name: a.iface, Ifindex: a.ifindex, Role: a.role, Mode: a.mode, Hook: a.hook.kind(), Slot: a.slot,
 		})
 	}
 	return all
@@ -72,7 +74,8 @@ func (i *Instance) Interfaces() []InterfaceStatus {
 
 // Attach puts the programs on the TAP device and the client-facing interfaces: a
 // client program where clients come in, and a backend program behind it, as
-// backends may be there too. If one step fails, all that Attach did is undone.
+// backends may be there too; in the XDP modes one more in front of both. If one step
+// fails, all that Attach did is undone.
 func (i *Instance) Attach() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -88,18 +91,23 @@ func (i *Instance) Attach() error {
 		role   Role
 	}
 	targets := []target{{tapDevice, RoleTap}}
-	var clients []target
-	for _, name := range i.opts.Interfaces {
+	for _, name := range i.opts.names() {
 		device, err := clientDevice(i.ns, name)
 		if err != nil {
 			return err
 		}
-		targets = append(targets, target{device, RoleBackend})
-		clients = append(clients, target{device, RoleClient})
+		for _, role := range i.roles(name) {
+			targets = append(targets, target{device, role})
+		}
 	}
-	// Clients last: the first SYN that is answered finds all else in place.
+	// In this order: the first SYN that is answered finds all else in place, and what XDP passes on finds TC.
+	order := []Role{RoleTap, RoleBackend, RoleClient, RoleXDP}
+	slices.SortStableFunc(targets, func(a, b target) int {
+		return slices.Index(order, a.role) - slices.Index(order, b.role)
+	})
+	i.warnOfOldKernel()
 	var done []*attachment
-	for _, t := range append(targets, clients...) {
+	for _, t := range targets {
 		a, err := i.attach(t.device, t.role)
 		if err != nil {
 			errs := []error{err}
@@ -116,6 +124,16 @@ func (i *Instance) Attach() error {
 	return nil
 }
 
+// roles lists the programs of an interface that faces clients, in the order in which
+// they are attached.
+func (i *Instance) roles(iface string) []Role {
+	roles := []Role{RoleBackend, RoleClient}
+	if mode, _ := i.opts.mode(iface); mode != ModeTC {
+		roles = append(roles, RoleXDP)
+	}
+	return roles
+}
+
 // attach puts a role's program on a device. Returns nil if it is there already.
 // i.mu is held.
 func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err error) {
@@ -129,15 +147,22 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 	}
 	step := func(what string) error { return i.opts.before(what + " " + string(role) + " " + name) }
 
-	a := &attachment{iface: name, ifindex: index, role: role, slot: i.slot(name, role)}
+	a := &attachment{iface: name, ifindex: index, role: role, mode: ModeTC, slot: i.slot(name, role)}
+	mode, facesClients := i.opts.mode(name)
+	if role == RoleXDP {
+		a.mode = mode
+		if err := i.opts.checkXDP(i.ns, device, mode); err != nil {
+			return nil, err
+		}
+	}
 	if err := step("load"); err != nil {
 		return nil, err
 	}
-	if a.prog, err = i.loadProgram(role, a.slot); err != nil {
+	if a.prog, err = i.loadProgram(role, a.mode, a.slot, facesClients); err != nil {
 		return nil, err
 	}
 	if err = step("hook"); err == nil {
-		err = i.ns.do(func() error { return i.hookUp(a) })
+		err = i.ns.do(func() error { return i.hookUp(a, device) })
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("attach %s program to %s: %w", role, name, err), a.prog.Close())
@@ -154,7 +179,11 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 }
 
 // hookUp chooses tcx, and clsact where the kernel has no tcx.
-func (i *Instance) hookUp(a *attachment) (err error) {
+func (i *Instance) hookUp(a *attachment, device netlink.Link) (err error) {
+	if a.role == RoleXDP {
+		a.hook, err = i.attachXDP(a, device)
+		return err
+	}
 	if !i.noTCX {
 		a.hook, err = i.attachTCX(a)
 		if !errors.Is(err, ebpf.ErrNotSupported) {
@@ -167,9 +196,9 @@ func (i *Instance) hookUp(a *attachment) (err error) {
 	return err
 }
 
-// pinLink makes a tcx link outlive the daemon. A clsact filter does so by itself.
+// pinLink makes a link outlive the daemon. A clsact filter does so by itself.
 func (i *Instance) pinLink(a *attachment) error {
-	l, ok := a.hook.(*tcxHook)
+	l, ok := a.hook.(*linkHook)
 	if !ok {
 		return nil
 	}

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+
+	"github.com/vishvananda/netlink"
 )
 
 // backendSet is what is known of the backends, by address.
@@ -150,7 +152,7 @@ func (i *Instance) settle(dst netip.Addr, r route, mtu int) error {
 	if !r.source.IsValid() {
 		return fmt.Errorf("%w with a source address; give interface %s an address of that family", ErrUnreachable, device.Attrs().Name)
 	}
-	if _, err := i.attach(device, RoleBackend); err != nil {
+	if err := i.attachTowards(device); err != nil {
 		return err
 	}
 	for _, path := range i.backends.missing(dst, r, mtu) {
@@ -160,6 +162,19 @@ func (i *Instance) settle(dst netip.Addr, r route, mtu int) error {
 		i.backends.done(dst, path)
 	}
 	return nil
+}
+
+// attachTowards puts the programs on an interface that backends answer by. One that
+// faces clients too gets XDP from Attach: not before its client program. i.mu is held.
+func (i *Instance) attachTowards(device netlink.Link) error {
+	if _, err := i.attach(device, RoleBackend); err != nil {
+		return err
+	}
+	if mode, facesClients := i.opts.mode(device.Attrs().Name); mode == ModeTC || facesClients {
+		return nil
+	}
+	_, err := i.attach(device, RoleXDP)
+	return err
 }
 
 func (s *backendSet) nextID() uint32 {

@@ -22,8 +22,14 @@ type routeCache struct {
 	generation atomic.Uint64 // raised by flush
 	shards     [cacheShards]cacheShard
 
-	mu   sync.RWMutex // guards mtus
-	mtus map[int]int  // of links, by their index
+	mu    sync.RWMutex     // guards links
+	links map[int]linkInfo // by index
+}
+
+// linkInfo is what next hops need to know of an interface.
+type linkInfo struct {
+	mtu int // 0: the interface is gone
+	xdp xdpOutput
 }
 
 type cacheShard struct {
@@ -73,30 +79,30 @@ func (c *routeCache) flush() {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.mtus = nil
+	c.links = nil
 }
 
-// linkMTU returns the MTU of a link, which is asked for once until the next flush:
-// an interface's description is long, and takes twice the time of a route.
-func (c *routeCache) linkMTU(ns *namespace, ifindex int) (int, error) {
+// link returns what is known of an interface, which is asked for once until the next
+// flush: an interface's description is long, and takes twice the time of a route.
+func (c *routeCache) link(ifindex int, ask func(ifindex int) (linkInfo, error)) (linkInfo, error) {
 	c.mu.RLock()
-	mtu, ok := c.mtus[ifindex]
+	known, ok := c.links[ifindex]
 	c.mu.RUnlock()
 	if ok {
-		return mtu, nil
+		return known, nil
 	}
 	generation := c.generation.Load()
-	device, err := ns.LinkByIndex(ifindex)
+	asked, err := ask(ifindex)
 	if err != nil {
-		return 0, err
+		return linkInfo{}, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.generation.Load() == generation {
-		if c.mtus == nil {
-			c.mtus = make(map[int]int)
+		if c.links == nil {
+			c.links = make(map[int]linkInfo)
 		}
-		c.mtus[ifindex] = device.Attrs().MTU
+		c.links[ifindex] = asked
 	}
-	return device.Attrs().MTU, nil
+	return asked, nil
 }

@@ -53,7 +53,7 @@ func removeLeftovers(ns *namespace, name string, log *slog.Logger) (found bool, 
 	for _, d := range []string{dir, dir + unfinished} {
 		if _, err := os.Stat(d); err == nil {
 			found = true
-			errs = append(errs, removeLinks(d, log))
+			errs = append(errs, removeLinks(d, log), releaseMarked(ns, d))
 		}
 	}
 	links, err := ns.links()
@@ -139,18 +139,8 @@ func Holder(iface string) (name string, err error) {
 
 // holder is Holder in a namespace.
 func holder(ns *namespace, iface string) (string, error) {
-	entries, err := os.ReadDir(stateDir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("list instances: %w", err)
-	}
-	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ns.suffix)
-		if !ok || !validName.MatchString(name) {
-			continue
-		}
-		if _, err := os.Stat(linkPin(filepath.Join(stateDir, e.Name()), iface, RoleClient)); err == nil {
-			return name, nil
-		}
+	if name, err := pinHolder(ns, iface, RoleClient); err != nil || name != "" {
+		return name, err
 	}
 	device, err := ns.LinkByName(iface)
 	if err != nil {
@@ -162,6 +152,25 @@ func holder(ns *namespace, iface string) (string, error) {
 	}
 	for _, f := range filters {
 		if name, ok := strings.CutPrefix(f.Name, programOf[RoleClient]+" "); ok {
+			return name, nil
+		}
+	}
+	return "", nil
+}
+
+// pinHolder returns the instance that has the link of a role on an interface; "" if
+// there is none.
+func pinHolder(ns *namespace, iface string, role Role) (string, error) {
+	entries, err := os.ReadDir(stateDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("list instances: %w", err)
+	}
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), ns.suffix)
+		if !ok || !validName.MatchString(name) {
+			continue
+		}
+		if _, err := os.Stat(linkPin(filepath.Join(stateDir, e.Name()), iface, role)); err == nil {
 			return name, nil
 		}
 	}

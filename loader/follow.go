@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"syscall"
 	"time"
 
@@ -48,15 +49,26 @@ func (i *Instance) Run(ctx context.Context) error {
 	defer cancel()
 	defer context.AfterFunc(i.ctx, cancel)()
 
+	var neighbours sync.WaitGroup
+	defer neighbours.Wait()
+	if i.neighbours != nil {
+		neighbours.Go(func() { i.again(ctx, "neighbours", i.neighbours.follow) })
+	}
+	i.again(ctx, "network changes", i.follow)
+	return nil
+}
+
+// again follows something until ctx ends, with one subscription after the other.
+func (i *Instance) again(ctx context.Context, what string, follow func(context.Context) error) {
 	for {
-		err := i.follow(ctx)
+		err := follow(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
-		i.log.Warn("subscription to network changes ended: subscribing again", "error", err)
+		i.log.Warn("subscription to "+what+" ended: subscribing again", "error", err)
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-time.After(resubscribePause):
 		}
 	}
@@ -71,8 +83,18 @@ func (i *Instance) follow(ctx context.Context) error {
 		return err
 	}
 	defer socket.Close()
-	changed, ended := make(chan struct{}, 1), make(chan error, 1)
+	changed, ended := make(chan struct{}, 1), make(chan error, 2)
 	go i.receive(socket, changed, ended)
+	if i.opts.usesNative() {
+		drivers, err := subscribeToDrivers(i.ns)
+		if err != nil {
+			return err
+		}
+		if drivers != nil {
+			defer drivers.Close()
+			go i.receive(drivers, changed, ended)
+		}
+	}
 
 	i.cache.flush() // what changed before the subscription
 	for {
@@ -100,10 +122,12 @@ type changes interface {
 	Close()
 }
 
-func subscribe(ns *namespace) (changes, error) {
+func subscribe(ns *namespace) (changes, error) { return subscribeTo(ns, followed...) }
+
+func subscribeTo(ns *namespace, groups ...uint) (changes, error) {
 	var socket *nl.NetlinkSocket
 	err := ns.do(func() (err error) {
-		socket, err = nl.Subscribe(unix.NETLINK_ROUTE, followed...)
+		socket, err = nl.Subscribe(unix.NETLINK_ROUTE, groups...)
 		return err
 	})
 	if err != nil {
@@ -137,15 +161,6 @@ func (i *Instance) resync(ctx context.Context) {
 	if err := i.resyncInterfaces(); err != nil {
 		i.log.Error("follow interfaces", "error", err)
 	}
-	links, err := i.ns.links()
-	if err != nil {
-		i.log.Error("follow routes", "error", err)
-		return
-	}
-	mtu := make(map[int]int, len(links))
-	for _, device := range links {
-		mtu[device.Attrs().Index] = device.Attrs().MTU
-	}
 	// Backends first: bound flows may go a new way only when answers are expected there.
 	for _, addr := range i.backends.addresses() {
 		if ctx.Err() != nil {
@@ -159,9 +174,23 @@ func (i *Instance) resync(ctx context.Context) {
 			i.log.Warn("backend out of reach", "backend", addr, "error", problem)
 		}
 	}
-	if err := i.hops.refresh(func(ifindex int) int { return mtu[ifindex] }); err != nil {
+	if err := i.hops.refresh(i.linkNow); err != nil {
 		i.log.Error("follow routes", "error", err)
 	}
+	if i.neighbours != nil {
+		for _, via := range i.hops.neighbours() {
+			i.neighbours.watch(via)
+		}
+	}
+}
+
+// linkNow is askLink without errors: what cannot be asked about is not sent by.
+func (i *Instance) linkNow(ifindex int) linkInfo {
+	known, err := i.askLink(ifindex)
+	if err != nil && !isGone(err) {
+		i.log.Error("follow interfaces", "error", err)
+	}
+	return known
 }
 
 // resyncInterfaces forgets programs on interfaces that are gone, attaches again where
@@ -190,12 +219,12 @@ func (i *Instance) resyncInterfaces() error {
 // reattach brings the programs back to client-facing interfaces that exist.
 func (i *Instance) reattach() error {
 	var errs []error
-	for _, name := range i.opts.Interfaces {
+	for _, name := range i.opts.names() {
 		device, err := clientDevice(i.ns, name)
 		if err != nil {
 			continue // still away: its coming back is a change too
 		}
-		for _, role := range []Role{RoleBackend, RoleClient} {
+		for _, role := range i.roles(name) {
 			a, err := i.attach(device, role)
 			if a != nil {
 				i.log.Info("attached again", "interface", name, "role", role)

@@ -60,7 +60,7 @@ func checkStatus(t *testing.T, i *Instance, kind string) {
 	var got []string
 	slots := make(map[uint32]bool)
 	for _, s := range i.Interfaces() {
-		got = append(got, s.Name+" "+string(s.Role)+" "+s.Mode+" "+s.Hook)
+		got = append(got, s.Name+" "+string(s.Role)+" "+string(s.Mode)+" "+s.Hook)
 		if slots[s.Slot] {
 			t.Errorf("slot %d is used twice", s.Slot)
 		}
@@ -219,46 +219,52 @@ func sendFrame(t *testing.T, iface string, frame []byte) {
 // Every step that Load and Attach take is made to fail in turn.
 func TestFailureRollsBack(t *testing.T) {
 	bothHooks(t, func(t *testing.T, _ string, clsact bool) {
-		ns := newNetns(t)
-		addVeth(t, "eth0", "10.9.0.1/24")
-		addVeth(t, "eth1", "10.8.0.1/24")
-		before := snapshot(t, ns)
-
-		var steps []string
 		o := testOptions(t, "eth0", "eth1")
 		o.forceClsact = clsact
-		o.before = func(step string) error { steps = append(steps, step); return nil }
-		i, err := Load(o)
-		must(t, err)
-		must(t, i.Attach())
-		must(t, i.Close())
-		if len(steps) < 5+3*5 {
-			t.Fatalf("only %d steps: %q", len(steps), steps)
-		}
-		injected := errors.New("injected")
-		for _, failing := range steps {
-			o.before = func(step string) error {
-				if step == failing {
-					return injected
-				}
-				return nil
-			}
-			i, err := Load(o)
-			if err == nil {
-				loaded := snapshot(t, ns)
-				err = i.Attach()
-				wantSame(t, snapshot(t, ns), loaded)
-				must(t, i.Close())
-			}
-			if !errors.Is(err, injected) {
-				t.Errorf("step %q: got error %v", failing, err)
-			}
-			wantSame(t, snapshot(t, ns), before)
-			if t.Failed() {
-				t.Fatalf("after a failure of %q", failing)
-			}
-		}
+		failEachStep(t, o, 5+3*5)
 	})
+}
+
+// failEachStep wants that many steps at least of an instance on eth0 and eth1.
+func failEachStep(t *testing.T, o Options, least int) {
+	t.Helper()
+	ns := newNetns(t)
+	addXDPVeth(t, "eth0", "10.9.0.1/24")
+	addXDPVeth(t, "eth1", "10.8.0.1/24")
+	before := snapshot(t, ns)
+
+	var steps []string
+	o.before = func(step string) error { steps = append(steps, step); return nil }
+	i, err := Load(o)
+	must(t, err)
+	must(t, i.Attach())
+	must(t, i.Close())
+	if len(steps) < least {
+		t.Fatalf("only %d steps: %q", len(steps), steps)
+	}
+	injected := errors.New("injected")
+	for _, failing := range steps {
+		o.before = func(step string) error {
+			if step == failing {
+				return injected
+			}
+			return nil
+		}
+		i, err := Load(o)
+		if err == nil {
+			loaded := snapshot(t, ns)
+			err = i.Attach()
+			wantSame(t, snapshot(t, ns), loaded)
+			must(t, i.Close())
+		}
+		if !errors.Is(err, injected) {
+			t.Errorf("step %q: got error %v", failing, err)
+		}
+		wantSame(t, snapshot(t, ns), before)
+		if t.Failed() {
+			t.Fatalf("after a failure of %q", failing)
+		}
+	}
 }
 
 // die gives up what the kernel takes from a killed daemon: its files, and nothing else.
@@ -267,7 +273,7 @@ func die(t *testing.T, i *Instance) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	for _, a := range i.attached {
-		if h, ok := a.hook.(*tcxHook); ok {
+		if h, ok := a.hook.(*linkHook); ok {
 			must(t, h.link.Close())
 		}
 		must(t, a.prog.Close())
@@ -367,7 +373,7 @@ func TestSecondDaemonIsRefused(t *testing.T) {
 	}
 	wantSame(t, snapshot(t, ns), running)
 
-	other.Interfaces = []string{"eth1"}
+	other.Interfaces = named("eth1")
 	i, err := Load(other)
 	must(t, err)
 	must(t, i.Attach())
@@ -432,18 +438,19 @@ func TestPreflight(t *testing.T) {
 }
 
 func TestOptions(t *testing.T) {
-	good := Options{Interfaces: []string{"eth0"}, Workers: 1}.withDefaults()
+	good := Options{Interfaces: named("eth0"), Workers: 1}.withDefaults()
 	must(t, good.validate())
 	for what, spoil := range map[string]func(*Options){
 		"instance name":   func(o *Options) { o.Name = "a.b" },
 		"no interface":    func(o *Options) { o.Interfaces = nil },
-		"twice":           func(o *Options) { o.Interfaces = []string{"a", "a"} },
+		"twice":           func(o *Options) { o.Interfaces = named("a", "a") },
 		"workers":         func(o *Options) { o.Workers = 65 },
 		"ring size":       func(o *Options) { o.RingSize = 12345 },
 		"flow entries":    func(o *Options) { o.FlowEntries = -1 },
 		"source ports 30": func(o *Options) { o.SourcePortFirst = 30000 },
 		"needs one":       func(o *Options) { o.Workers = 3; o.SourcePortFirst = 29998 },
 		"dead-after":      func(o *Options) { o.DeadAfter = -1 },
+		"mode":            func(o *Options) { o.Mode = "fast" },
 		"order":           func(o *Options) { o.Order = "middle" },
 	} {
 		o := good
@@ -467,7 +474,7 @@ func TestEscape(t *testing.T) {
 		if got := escape(name); got != want {
 			t.Errorf("escape(%q) = %q, want %q", name, got, want)
 		}
-		for _, role := range []Role{RoleClient, RoleBackend, RoleTap} {
+		for _, role := range []Role{RoleClient, RoleBackend, RoleTap, RoleXDP} {
 			iface, gotRole, err := parseLinkPin(filepath.Base(linkPin("/d", name, role)))
 			if err != nil || iface != name || gotRole != role {
 				t.Errorf("%q %s came back as %q %s, %v", name, role, iface, gotRole, err)

@@ -40,9 +40,10 @@ type Instance struct {
 
 	subscribe func(*namespace) (changes, error) // a seam: tests break the subscription
 
-	hops     *hopTable
-	cache    routeCache
-	backends backendSet
+	hops       *hopTable
+	neighbours *neighbourTable // nil without XDP
+	cache      routeCache
+	backends   backendSet
 
 	stop context.CancelFunc // of every Run
 	ctx  context.Context    // done when stop was called
@@ -108,7 +109,7 @@ func (i *Instance) claim() (err error) {
 	if i.lock, err = acquire(i.ns, i.opts.Name); err != nil {
 		return err
 	}
-	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.Interfaces}); err != nil {
+	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names()}); err != nil {
 		return err
 	}
 	if err := mountBPFFS(i.log); err != nil {
@@ -138,13 +139,13 @@ func (i *Instance) refuseTaken() error {
 			continue
 		}
 		has := readOwner(path)
-		for _, name := range i.opts.Interfaces {
+		for _, name := range i.opts.names() {
 			if slices.Contains(has.interfaces, name) {
 				return fmt.Errorf("interface %s belongs to instance %s (pid %d); stop that one first, or name the interface there only", name, other, has.pid)
 			}
 		}
 	}
-	for _, name := range i.opts.Interfaces {
+	for _, name := range i.opts.names() {
 		other, err := holder(i.ns, name)
 		if err != nil {
 			return err
@@ -184,6 +185,10 @@ func (i *Instance) build() (err error) {
 		func(index uint32, hop *maps.Nexthop) error { return i.tables.Nexthops.Put(&index, hop) },
 		func(dst netip.Addr) (route, error) { return lookupRoute(i.ns, dst) },
 	)
+	if i.opts.usesXDP() {
+		i.hops.own = &ownDestinations{log: i.log}
+		i.neighbours = newNeighbourTable(i.ns, i.dir, i.hops.setNeighbour, i.log)
+	}
 	return nil
 }
 
@@ -194,7 +199,8 @@ func (i *Instance) pinMaps() error {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
 	building := i.dir + unfinished
-	for _, dir := range []string{building, filepath.Join(building, "links"), filepath.Join(building, "clsact")} {
+	for _, dir := range []string{building, filepath.Join(building, "links"), filepath.Join(building, "clsact"),
+		filepath.Join(building, neighbourMarks)} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return fmt.Errorf("make the state directory: %w", err)
 		}
@@ -233,6 +239,9 @@ func (i *Instance) Close() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	errs := []error{i.detachAll()}
+	if i.neighbours != nil {
+		errs = append(errs, i.neighbours.close())
+	}
 	if i.tap != nil {
 		errs = append(errs, i.tap.close(i.ns))
 	}
@@ -254,10 +263,10 @@ func (i *Instance) Close() error {
 	return errors.Join(append(errs, i.ns.close())...)
 }
 
-// detachAll takes the client programs off first: no connection begins any more
-// while the rest is still complete.
+// detachAll takes XDP off first, behind which all is complete, and then the client
+// programs: no connection begins any more while the rest still is.
 func (i *Instance) detachAll() error {
-	order := []Role{RoleClient, RoleBackend, RoleTap}
+	order := []Role{RoleXDP, RoleClient, RoleBackend, RoleTap}
 	all := i.sorted()
 	slices.SortStableFunc(all, func(a, b *attachment) int {
 		return slices.Index(order, a.role) - slices.Index(order, b.role)
@@ -279,7 +288,7 @@ func (i *Instance) sorted() []*attachment {
 		if a.ifindex != b.ifindex {
 			return a.ifindex - b.ifindex
 		}
-		return strings.Compare(string(b.role), string(a.role)) // client before backend, as on the hook
+		return strings.Compare(string(b.role), string(a.role)) // xdp before client before backend, as a packet meets them
 	})
 	return all
 }
@@ -330,7 +339,7 @@ func (i *Instance) MTU() (mss4, mss6 uint16) {
 // than the link towards the client holds would rely on path MTU discovery.
 func (i *Instance) clientMTU() int {
 	smallest := 0
-	for _, name := range i.opts.Interfaces {
+	for _, name := range i.opts.names() {
 		device, err := i.ns.LinkByName(name)
 		if err != nil {
 			continue // it is away just now, and with it its clients

@@ -5,6 +5,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"sync"
@@ -78,18 +79,64 @@ func addrOf(ip []byte) netip.Addr {
 // hopKey is what makes two destinations share an entry of the nexthops table.
 type hopKey struct {
 	ifindex int
-	gateway netip.Addr // invalid: on the link
+	gateway netip.Addr // invalid: on the link; an ownDestination's own address
 	family  uint8      // of the gateway, or of the destination
 	mtu     int        // the route's own, 0: the link's
 	limit   int        // less than both, for a destination that takes less; 0: none
 }
 
-func keyOf(dst netip.Addr, r route) hopKey {
+func (t *hopTable) keyOf(dst netip.Addr, r route) hopKey {
 	k := hopKey{ifindex: r.ifindex, gateway: r.gateway, family: unix.AF_INET6, mtu: r.mtu}
 	if addr := r.gateway; addr.Is4() || !addr.IsValid() && dst.Is4() {
 		k.family = unix.AF_INET
 	}
+	if !k.gateway.IsValid() && t.own.has(dst) {
+		k.gateway = dst
+	}
 	return k
+}
+
+// neighbour is who the packets of an entry are handed to; none where it is anybody on
+// the link.
+func (k *hopKey) neighbour() neighbourKey {
+	return neighbourKey{k.ifindex, k.gateway}
+}
+
+// Destinations on links that have entries of their own.
+const maxOwnDestinations = 1024
+
+// ownDestinations are those on links that do not share an entry: XDP sends to the one
+// link address that an entry has. nil has none.
+type ownDestinations struct {
+	log *slog.Logger
+
+	mu   sync.Mutex
+	all  map[netip.Addr]bool
+	full bool // and that was said
+}
+
+// has reports whether a destination is one of them, and makes it one while there is room.
+func (o *ownDestinations) has(dst netip.Addr) bool {
+	if o == nil {
+		return false
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.all[dst] {
+		return true
+	}
+	if len(o.all) >= maxOwnDestinations {
+		if !o.full {
+			o.full = true
+			o.log.Warn("too many peers on links of this node: what goes to further ones is sent by TC and not by XDP", "most", maxOwnDestinations)
+		}
+		return false
+	}
+	if o.all == nil {
+		o.all = make(map[netip.Addr]bool)
+	}
+	o.all[dst] = true
+	return true
 }
 
 // hop is one entry of the nexthops table. Bound flows hold its index, so it is
@@ -97,8 +144,9 @@ func keyOf(dst netip.Addr, r route) hopKey {
 type hop struct {
 	home    hopKey // what it was made for
 	key     hopKey // where it points now
-	mtu     int    // 0: the interface is gone
+	link    linkInfo
 	samples []netip.Addr
+	written maps.Nexthop // what the kernel has
 }
 
 // Destinations that stand for all of an entry when routes change.
@@ -108,11 +156,14 @@ const hopSamples = 8
 type hopTable struct {
 	write func(uint32, *maps.Nexthop) error
 	find  func(netip.Addr) (route, error) // asks the kernel
+	own   *ownDestinations                // nil without XDP
 
 	mu     sync.Mutex
 	byKey  map[hopKey]uint16 // what new flows are given
 	byHome map[hopKey]uint16
 	hops   []hop // by index; 0 stays unset
+	// addresses are those of the neighbours that can be sent to.
+	addresses map[neighbourKey][6]byte
 }
 
 func newHopTable(write func(uint32, *maps.Nexthop) error, find func(netip.Addr) (route, error)) *hopTable {
@@ -122,20 +173,34 @@ func newHopTable(write func(uint32, *maps.Nexthop) error, find func(netip.Addr) 
 		byKey:  make(map[hopKey]uint16),
 		byHome: make(map[hopKey]uint16),
 		hops:   make([]hop, 1),
+
+		addresses: make(map[neighbourKey][6]byte),
 	}
 }
 
-// index finds or adds the entry of a destination. linkMTU is that of the route's
-// interface.
-func (t *hopTable) index(dst netip.Addr, r route, linkMTU int) (index uint16, mtu int, err error) {
+// index finds or adds the entry of a destination. link is the route's interface. Who
+// the entry hands packets to is returned if XDP could.
+func (t *hopTable) index(dst netip.Addr, r route, link linkInfo) (index uint16, mtu int, via neighbourKey, err error) {
+	key := t.keyOf(dst, r)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.indexOf(dst, keyOf(dst, r), linkMTU)
+	index, mtu, err = t.indexOf(dst, key, link)
+	if err == nil {
+		via = t.hops[index].via()
+	}
+	return index, mtu, via, err
+}
+
+// via returns who an entry hands its packets to, if XDP could do so.
+func (h *hop) via() neighbourKey {
+	if h.link.mtu == 0 || h.link.xdp.ifindex == 0 || !h.key.gateway.IsValid() {
+		return neighbourKey{}
+	}
+	return h.key.neighbour()
 }
 
 // indexOf is index for a next hop that is known; t.mu is held.
-func (t *hopTable) indexOf(dst netip.Addr, key hopKey, linkMTU int) (index uint16, mtu int, err error) {
-	mtu = key.effectiveMTU(linkMTU)
+func (t *hopTable) indexOf(dst netip.Addr, key hopKey, link linkInfo) (index uint16, mtu int, err error) {
 	index, ok := t.byKey[key]
 	if !ok {
 		if index, err = t.homeOrNew(key); err != nil {
@@ -146,11 +211,8 @@ func (t *hopTable) indexOf(dst netip.Addr, key hopKey, linkMTU int) (index uint1
 	if len(h.samples) < hopSamples && !slices.Contains(h.samples, dst) {
 		h.samples = append(h.samples, dst)
 	}
-	if h.mtu == mtu {
-		return index, mtu, nil
-	}
-	h.mtu = mtu
-	return index, mtu, t.store(index)
+	h.link = link
+	return index, key.effectiveMTU(link.mtu), t.store(index)
 }
 
 // homeOrNew takes back the entry that was made for a next hop, if its destinations
@@ -159,9 +221,8 @@ func (t *hopTable) indexOf(dst netip.Addr, key hopKey, linkMTU int) (index uint1
 func (t *hopTable) homeOrNew(key hopKey) (uint16, error) {
 	if index, ok := t.byHome[key]; ok {
 		h := &t.hops[index]
-		if h.follow(t.find) == key {
+		if t.follow(h) == key {
 			t.move(index, key)
-			h.mtu = 0 // unlike any: it is to be written
 			return index, nil
 		}
 	}
@@ -180,7 +241,7 @@ func (t *hopTable) within(index uint16, dst netip.Addr, limit int) (uint16, int,
 	defer t.mu.Unlock()
 	key := t.hops[index].key
 	key.limit = limit
-	return t.indexOf(dst, key, t.hops[index].mtu)
+	return t.indexOf(dst, key, t.hops[index].link)
 }
 
 // effectiveMTU is the smallest of the link's, the route's and the limit.
@@ -193,34 +254,113 @@ func (k *hopKey) effectiveMTU(linkMTU int) int {
 	return linkMTU
 }
 
-// store writes an entry to the kernel; t.mu is held.
+// value is what the kernel shall have of an entry; t.mu is held.
+func (t *hopTable) value(h *hop) maps.Nexthop {
+	if h.link.mtu == 0 {
+		return maps.Nexthop{}
+	}
+	mtu := h.key.effectiveMTU(h.link.mtu)
+	value := maps.Nexthop{Ifindex: uint32(h.key.ifindex), Mtu: uint16(min(mtu, 65535)), Family: h.key.family}
+	if h.key.gateway.IsValid() {
+		value.Gateway = maps.Words(h.key.gateway) // all zero means on the link, which no v4-mapped address is
+	}
+	address, ok := t.addresses[h.via()]
+	if !ok {
+		return value
+	}
+	out := &h.link.xdp
+	value.XdpIfindex, value.Dmac, value.Smac = uint32(out.ifindex), address, out.address
+	value.VlanProto, value.VlanId = out.vlanProto, out.vlanID
+	if out.buffers {
+		value.Flags |= maps.NexthopBuffers
+	}
+	return value
+}
+
+// store writes an entry to the kernel if it changed; t.mu is held.
 func (t *hopTable) store(index uint16) error {
 	h := &t.hops[index]
-	var value maps.Nexthop
-	if h.mtu > 0 {
-		value = maps.Nexthop{Ifindex: uint32(h.key.ifindex), Mtu: uint16(min(h.mtu, 65535)), Family: h.key.family}
-		if h.key.gateway.IsValid() {
-			value.Gateway = maps.Words(h.key.gateway) // all zero means on the link, which no v4-mapped address is
+	value := t.value(h)
+	for _, step := range writeSteps(h.written, value) {
+		if err := t.write(uint32(index), &step); err != nil {
+			return fmt.Errorf("write next hop: %w", err)
 		}
-	}
-	if err := t.write(uint32(index), &value); err != nil {
-		return fmt.Errorf("write next hop: %w", err)
+		h.written = step
 	}
 	return nil
 }
 
-// refresh brings all entries up to date: MTUs of links, interfaces that are gone,
-// and entries whose destinations all moved to another next hop, which bound flows
-// must follow. linkMTU is 0 for an interface that is gone. The routes are asked for
+// writeSteps returns what to write one after the other. Programs read an entry while the
+// kernel copies it: as long as the link addresses change, XDP is told not to use them.
+func writeSteps(from, to maps.Nexthop) []maps.Nexthop {
+	if from == to {
+		return nil
+	}
+	var steps []maps.Nexthop
+	if from.XdpIfindex != 0 {
+		from.XdpIfindex = 0
+		steps = append(steps, from)
+	}
+	if to.XdpIfindex != 0 {
+		closed := to
+		closed.XdpIfindex = 0
+		steps = append(steps, closed)
+	}
+	return slices.Compact(append(steps, to))
+}
+
+// setNeighbour notes the link address of a neighbour, or that there is none just now.
+func (t *hopTable) setNeighbour(key neighbourKey, address [6]byte, ok bool) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if was, had := t.addresses[key]; had == ok && was == address {
+		return nil
+	}
+	if ok {
+		t.addresses[key] = address
+	} else {
+		delete(t.addresses, key)
+	}
+	var errs []error
+	for n := 1; n < len(t.hops); n++ {
+		if t.hops[n].key.neighbour() == key {
+			errs = append(errs, t.store(uint16(n)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// neighbours lists whom entries hand packets to, where XDP could do so.
+func (t *hopTable) neighbours() []neighbourKey {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var all []neighbourKey
+	for n := 1; n < len(t.hops); n++ {
+		if via := t.hops[n].via(); via.addr.IsValid() {
+			all = append(all, via)
+		}
+	}
+	return all
+}
+
+// refresh brings all entries up to date: what is known of links, interfaces that are
+// gone, and entries whose destinations all moved to another next hop, which bound flows
+// must follow. link is asked about each interface in use. The routes are asked for
 // without the lock: workers want it too.
-func (t *hopTable) refresh(linkMTU func(ifindex int) int) error {
+func (t *hopTable) refresh(link func(ifindex int) linkInfo) error {
 	t.mu.Lock()
 	before := slices.Clone(t.hops)
 	t.mu.Unlock()
 
 	now := make([]hopKey, len(before))
+	links := make(map[int]linkInfo)
 	for n := 1; n < len(before); n++ {
-		now[n] = before[n].follow(t.find)
+		now[n] = t.follow(&before[n])
+		for _, ifindex := range []int{before[n].key.ifindex, now[n].ifindex} {
+			if _, asked := links[ifindex]; !asked {
+				links[ifindex] = link(ifindex)
+			}
+		}
 	}
 
 	t.mu.Lock()
@@ -228,16 +368,11 @@ func (t *hopTable) refresh(linkMTU func(ifindex int) int) error {
 	var errs []error
 	for n := 1; n < len(before); n++ {
 		h := &t.hops[n]
-		moved := now[n] != h.key && h.key == before[n].key // else a worker saw the change first
-		if moved {
+		if h.key == before[n].key && now[n] != h.key { // else a worker saw the change first
 			t.move(uint16(n), now[n])
 		}
-		mtu := 0
-		if link := linkMTU(h.key.ifindex); link > 0 {
-			mtu = h.key.effectiveMTU(link)
-		}
-		if moved || mtu != h.mtu {
-			h.mtu = mtu
+		if known, asked := links[h.key.ifindex]; asked {
+			h.link = known
 			errs = append(errs, t.store(uint16(n)))
 		}
 	}
@@ -246,14 +381,14 @@ func (t *hopTable) refresh(linkMTU func(ifindex int) int) error {
 
 // follow returns the next hop that all samples of an entry have now. If they do not
 // agree it stays: one destination that moved alone must not take the others along.
-func (h *hop) follow(find func(netip.Addr) (route, error)) hopKey {
+func (t *hopTable) follow(h *hop) hopKey {
 	now, known := h.key, false
 	for _, dst := range h.samples {
-		r, err := find(dst)
+		r, err := t.find(dst)
 		if err != nil {
 			continue // without a route there is nowhere better to send it
 		}
-		key := keyOf(dst, r)
+		key := t.keyOf(dst, r)
 		key.limit = h.key.limit
 		if known && key != now {
 			return h.key
@@ -308,13 +443,16 @@ func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {
 	if err != nil {
 		return NextHop{}, err
 	}
-	linkMTU, err := i.cache.linkMTU(i.ns, r.ifindex)
+	link, err := i.cache.link(r.ifindex, i.askLink)
 	if err != nil {
 		return NextHop{}, fmt.Errorf("%w to %v: its interface is gone (%w)", ErrUnreachable, dst, err)
 	}
-	index, mtu, err := i.hops.index(dst, r, linkMTU)
+	index, mtu, via, err := i.hops.index(dst, r, link)
 	if err != nil {
 		return NextHop{}, err
+	}
+	if via.addr.IsValid() {
+		i.neighbours.watch(via)
 	}
 	// Before anybody speaks from a new source or by a new interface, the answer must find its way.
 	if err := i.settle(dst, r, mtu); err != nil {
@@ -323,4 +461,20 @@ func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {
 	h := NextHop{Index: index, MTU: mtu, Ifindex: r.ifindex, Source: r.source}
 	i.cache.put(dst, h, generation)
 	return h, nil
+}
+
+// askLink describes an interface. A driver that cannot be asked is one that XDP does not
+// send by: TC does.
+func (i *Instance) askLink(ifindex int) (linkInfo, error) {
+	device, err := i.ns.LinkByIndex(ifindex)
+	if err != nil {
+		return linkInfo{}, err
+	}
+	known := linkInfo{mtu: device.Attrs().MTU}
+	if i.neighbours != nil {
+		if known.xdp, err = i.newSender().output(device); err != nil && !isGone(err) {
+			i.log.Warn("XDP does not send by an interface", "interface", device.Attrs().Name, "error", err)
+		}
+	}
+	return known, nil
 }

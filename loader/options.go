@@ -23,6 +23,27 @@ const (
 	OrderLast  Order = "last"
 )
 
+// Mode is by what an interface's packets are met.
+type Mode string
+
+// The modes. TC is complete and on every interface; XDP is in front of it, in the driver
+// or, generic, just behind it.
+const (
+	ModeTC         Mode = "tc"
+	ModeXDP        Mode = "xdp"
+	ModeXDPGeneric Mode = "xdp-generic"
+)
+
+// Modes lists them.
+var Modes = []Mode{ModeTC, ModeXDP, ModeXDPGeneric}
+
+// Interface is one that faces clients.
+type Interface struct {
+	Name string
+	// Mode is optional, Options.Mode by default.
+	Mode Mode
+}
+
 // Defaults of the zero values in Options.
 const (
 	DefaultName            = "default"
@@ -38,7 +59,10 @@ type Options struct {
 	// Name of the instance: 1 to 32 of a-z, 0-9, _ and -. Optional, "default" by default.
 	Name string
 	// Interfaces that face clients. Required by Load; Ethernet only.
-	Interfaces []string
+	Interfaces []Interface
+	// Mode of interfaces that are named without one, and of those that turn out to face
+	// backends. Optional, ModeTC by default.
+	Mode Mode
 	// Workers is the number of rings and TAP queues, 1 to maps.MaxWorkers. Required.
 	Workers int
 	// RingSize is the bytes of one ring: a power of two of at least a page. Optional, 8 MiB by default.
@@ -57,6 +81,8 @@ type Options struct {
 
 	// forceClsact attaches as on a kernel without tcx.
 	forceClsact bool
+	// hideDrivers is not to know what drivers can do, as before Linux 6.3.
+	hideDrivers bool
 	// before is called before each step that can be undone; an error of it fails the step. Optional.
 	before func(step string) error
 }
@@ -89,6 +115,15 @@ func (o Options) withDefaults() Options {
 	if o.Order == "" {
 		o.Order = OrderFirst
 	}
+	if o.Mode == "" {
+		o.Mode = ModeTC
+	}
+	o.Interfaces = slices.Clone(o.Interfaces)
+	for n := range o.Interfaces {
+		if o.Interfaces[n].Mode == "" {
+			o.Interfaces[n].Mode = o.Mode
+		}
+	}
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}
@@ -109,9 +144,14 @@ func (o *Options) validate() error {
 	if len(o.Interfaces) == 0 {
 		complain("no interface: name at least one that faces clients")
 	}
-	for n, name := range o.Interfaces {
-		if slices.Contains(o.Interfaces[:n], name) {
+	for n, name := range o.names() {
+		if slices.Contains(o.names()[:n], name) {
 			complain("interface %s is named twice: name it once", name)
+		}
+	}
+	for _, mode := range o.modes() {
+		if !slices.Contains(Modes, mode) {
+			complain("mode %q: use one of %q", mode, Modes)
 		}
 	}
 	if o.Workers < 1 || o.Workers > maps.MaxWorkers {
@@ -135,4 +175,61 @@ func (o *Options) validate() error {
 		complain("order %q: use %q or %q", o.Order, OrderFirst, OrderLast)
 	}
 	return errors.Join(errs...)
+}
+
+// names lists the interfaces that face clients.
+func (o *Options) names() []string {
+	var names []string
+	for _, i := range o.Interfaces {
+		names = append(names, i.Name)
+	}
+	return names
+}
+
+// mode returns an interface's, and whether clients come in by it.
+func (o *Options) mode(iface string) (mode Mode, facesClients bool) {
+	for _, i := range o.Interfaces {
+		if i.Name == iface {
+			return i.Mode, true
+		}
+	}
+	return o.Mode, false
+}
+
+// modes lists those that some interface has or may come to have.
+func (o *Options) modes() []Mode {
+	all := []Mode{o.Mode}
+	for _, i := range o.Interfaces {
+		all = append(all, i.Mode)
+	}
+	return all
+}
+
+// usesXDP reports whether an interface has XDP or may come to have it.
+func (o *Options) usesXDP() bool {
+	return slices.ContainsFunc(o.modes(), func(m Mode) bool { return m != ModeTC })
+}
+
+// usesNative reports the same for XDP in the driver.
+func (o *Options) usesNative() bool {
+	return slices.Contains(o.modes(), ModeXDP)
+}
+
+// soleXDP returns the one interface with XDP, if no other ever gets it: what XDP meets
+// there and sends there again needs no redirect.
+func (o *Options) soleXDP() string {
+	sole := ""
+	for _, i := range o.Interfaces {
+		if i.Mode == ModeTC {
+			continue
+		}
+		if sole != "" {
+			return ""
+		}
+		sole = i.Name
+	}
+	if o.Mode != ModeTC {
+		return ""
+	}
+	return sole
 }

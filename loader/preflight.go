@@ -52,8 +52,12 @@ func preflight(ns *namespace, o *Options) []Problem {
 	problems := checkKernel()
 	problems = append(problems, checkCapabilities()...)
 	problems = append(problems, checkFiles()...)
-	for _, name := range o.Interfaces {
-		if _, err := clientDevice(ns, name); err != nil {
+	for _, i := range o.Interfaces {
+		device, err := clientDevice(ns, i.Name)
+		if err == nil && i.Mode != ModeTC {
+			err = o.checkXDP(ns, device, i.Mode)
+		}
+		if err != nil {
 			problems = append(problems, asProblem(err))
 		}
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
 
 	bpf "snilb/maps"
 )
@@ -23,6 +24,7 @@ const (
 	RoleClient  Role = "client"
 	RoleBackend Role = "backend"
 	RoleTap     Role = "tap"
+	RoleXDP     Role = "xdp"
 	roleJobs    Role = "jobs"
 )
 
@@ -30,13 +32,18 @@ var programOf = map[Role]string{
 	RoleClient:  bpf.ProgramClient,
 	RoleBackend: bpf.ProgramBackend,
 	RoleTap:     bpf.ProgramTap,
+	RoleXDP:     bpf.ProgramXDP,
 	roleJobs:    bpf.ProgramJobs,
 }
 
 // spec returns the object cut down to one role's program, with the constants of a
 // counter slot. All specs of an instance have the same maps.
-func (i *Instance) spec(role Role, slot uint32) (*ebpf.CollectionSpec, error) {
-	spec, err := bpf.Spec()
+func (i *Instance) spec(role Role, slot uint32, facesClients bool) (*ebpf.CollectionSpec, error) {
+	read := bpf.Spec
+	if role == RoleXDP {
+		read = bpf.SpecXDP
+	}
+	spec, err := read()
 	if err != nil {
 		return nil, fmt.Errorf("read the compiled programs: %w", err)
 	}
@@ -58,6 +65,7 @@ func (i *Instance) spec(role Role, slot uint32) (*ebpf.CollectionSpec, error) {
 		set(spec, bpf.VarDeadAfter, uint64(i.opts.DeadAfter)),
 		set(spec, bpf.VarRingBusy, uint64(i.opts.RingSize)/8*7),
 		set(spec, bpf.VarHasCsumIPv6, i.hasCsumIPv6),
+		set(spec, bpf.VarFacesClients, facesClients),
 	)
 	return spec, err
 }
@@ -83,7 +91,7 @@ func set(spec *ebpf.CollectionSpec, name string, value any) error {
 // createMaps makes the maps all programs of the instance share. What begins with a
 // dot are the constants of one load.
 func (i *Instance) createMaps() error {
-	spec, err := i.spec(RoleTap, 0)
+	spec, err := i.spec(RoleTap, 0, true)
 	if err != nil {
 		return err
 	}
@@ -133,7 +141,7 @@ func (i *Instance) createRing(index uint32, name string, size int) error {
 
 // createJobs loads the program that works on flows, and maps what each worker shares with it.
 func (i *Instance) createJobs() error {
-	prog, err := i.loadProgram(roleJobs, 0)
+	prog, err := i.loadProgram(roleJobs, ModeTC, 0, true)
 	if err != nil {
 		return err
 	}
@@ -149,10 +157,15 @@ func (i *Instance) createJobs() error {
 }
 
 // loadProgram loads a copy of a role's program that counts in a slot of its own.
-func (i *Instance) loadProgram(role Role, slot uint32) (*ebpf.Program, error) {
-	spec, err := i.spec(role, slot)
+func (i *Instance) loadProgram(role Role, mode Mode, slot uint32, facesClients bool) (*ebpf.Program, error) {
+	spec, err := i.spec(role, slot, facesClients)
 	if err != nil {
 		return nil, err
+	}
+	if mode == ModeXDPGeneric {
+		// For a program that takes several buffers the kernel (6.18) copies a packet without the length of its
+		// Ethernet header, and TC sees it from its IP header on. Other programs see all packets in one buffer.
+		spec.Programs[programOf[role]].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
 	if err != nil {

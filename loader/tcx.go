@@ -11,9 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tcxHook is a program attached by a link of its own (Linux 6.6).
-type tcxHook struct {
+// linkHook is a program attached by a link of its own: by tcx (Linux 6.6) or XDP.
+type linkHook struct {
 	link   link.Link
+	name   string
 	pinned string
 }
 
@@ -28,14 +29,14 @@ func (i *Instance) attachTCX(a *attachment) (hook, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &tcxHook{link: l}, nil
+	return &linkHook{link: l, name: "tcx"}, nil
 }
 
 // anchor keeps our programs of one interface together, the client's first: a bound
 // client packet then never passes the backend program.
 func (i *Instance) anchor(a *attachment) link.Anchor {
 	if other := i.neighbour(a); other != nil {
-		if l, ok := other.hook.(*tcxHook); ok {
+		if l, ok := other.hook.(*linkHook); ok {
 			if a.role == RoleClient {
 				return link.BeforeLink(l.link)
 			}
@@ -48,9 +49,9 @@ func (i *Instance) anchor(a *attachment) link.Anchor {
 	return link.Head()
 }
 
-func (h *tcxHook) kind() string { return "tcx" }
+func (h *linkHook) kind() string { return h.name }
 
-func (h *tcxHook) pin(path string) error {
+func (h *linkHook) pin(path string) error {
 	if err := h.link.Pin(path); err != nil {
 		return err
 	}
@@ -60,7 +61,7 @@ func (h *tcxHook) pin(path string) error {
 
 // detach says so to the kernel: to drop the last reference would take the program
 // off only some time later.
-func (h *tcxHook) detach() error {
+func (h *linkHook) detach() error {
 	err := h.link.Detach()
 	if errors.Is(err, unix.ENOLINK) {
 		err = nil
@@ -71,9 +72,17 @@ func (h *tcxHook) detach() error {
 	return errors.Join(err, h.link.Close())
 }
 
-func (h *tcxHook) alive() bool {
+func (h *linkHook) alive() bool {
 	info, err := h.link.Info()
-	return err == nil && info.TCX() != nil && info.TCX().Ifindex != 0
+	switch {
+	case err != nil:
+		return false
+	case info.TCX() != nil:
+		return info.TCX().Ifindex != 0
+	case info.XDP() != nil:
+		return info.XDP().Ifindex != 0
+	}
+	return false
 }
 
 // removePinnedLink takes off what a dead daemon pinned.
@@ -82,5 +91,5 @@ func removePinnedLink(path string) error {
 	if err != nil {
 		return fmt.Errorf("open pinned link %s: %w", path, err)
 	}
-	return (&tcxHook{link: l, pinned: path}).detach()
+	return (&linkHook{link: l, pinned: path}).detach()
 }

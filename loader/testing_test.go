@@ -109,12 +109,20 @@ func routeVia(tb testing.TB, prefix, gateway string) *netlink.Route {
 func testOptions(tb testing.TB, interfaces ...string) Options {
 	return Options{
 		Name:        "test",
-		Interfaces:  interfaces,
+		Interfaces:  named(interfaces...),
 		Workers:     2,
 		RingSize:    os.Getpagesize() * 4,
 		FlowEntries: 1000,
 		Logger:      slog.New(slog.NewTextHandler(tb.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
+}
+
+func named(names ...string) []Interface {
+	var all []Interface
+	for _, name := range names {
+		all = append(all, Interface{Name: name})
+	}
+	return all
 }
 
 // load loads an instance that is closed at the end of the test.
@@ -147,6 +155,13 @@ func snapshot(tb testing.TB, ns *namespace) []string {
 		for _, q := range qdiscs {
 			all = append(all, fmt.Sprintf("qdisc %s on %s", q.Type(), d.Attrs().Name))
 		}
+		neighbours, err := netlink.NeighList(d.Attrs().Index, 0)
+		must(tb, err)
+		for _, n := range neighbours {
+			if n.FlagsExt&netlink.NTF_EXT_MANAGED != 0 {
+				all = append(all, fmt.Sprintf("managed neighbour %s on %s", n.IP, d.Attrs().Name))
+			}
+		}
 	}
 	for _, dir := range []string{stateDir, runDir} {
 		found, err := filepath.Glob(filepath.Join(dir, "*"+ns.suffix+"*"))
@@ -163,12 +178,10 @@ func programsOn(tb testing.TB, d netlink.Link) []string {
 	result, err := link.QueryPrograms(link.QueryOptions{Target: d.Attrs().Index, Attach: ebpf.AttachTCXIngress})
 	must(tb, err)
 	for _, p := range result.Programs {
-		prog, err := ebpf.NewProgramFromID(p.ID)
-		must(tb, err)
-		info, err := prog.Info()
-		must(tb, err)
-		all = append(all, "program "+info.Name+" on "+d.Attrs().Name)
-		must(tb, prog.Close())
+		all = append(all, "program "+programName(tb, p.ID)+" on "+d.Attrs().Name)
+	}
+	if now, err := netlink.LinkByIndex(d.Attrs().Index); err == nil && now.Attrs().Xdp.Attached {
+		all = append(all, "XDP "+programName(tb, ebpf.ProgramID(now.Attrs().Xdp.ProgId))+" on "+d.Attrs().Name)
 	}
 	filters, err := netlink.FilterList(d, ingress)
 	if err == nil {
@@ -182,6 +195,16 @@ func programsOn(tb testing.TB, d netlink.Link) []string {
 		}
 	}
 	return all
+}
+
+func programName(tb testing.TB, id ebpf.ProgramID) string {
+	tb.Helper()
+	prog, err := ebpf.NewProgramFromID(id)
+	must(tb, err)
+	defer prog.Close() //nolint:errcheck // only read
+	info, err := prog.Info()
+	must(tb, err)
+	return info.Name
 }
 
 func wantSame(tb testing.TB, got, want []string) {

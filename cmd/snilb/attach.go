@@ -23,8 +23,6 @@ import (
 )
 
 const (
-	modeTC = "tc"
-
 	// defaultMaxWorkers bounds the workers of a large machine: the kernel moves the
 	// packets, and the engine only sees the first ones of a connection.
 	defaultMaxWorkers   = 8
@@ -61,7 +59,7 @@ func attachFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "routes", Usage: "the routes `FILE`; required"},
 		&cli.StringFlag{Name: "name", Usage: "the instance's `NAME`", Value: loader.DefaultName},
-		&cli.StringFlag{Name: "mode", Usage: "attach by `MODE`: tc", Value: modeTC},
+		&cli.StringFlag{Name: "mode", Usage: "attach by `MODE`: tc, or xdp (in the driver) or xdp-generic in front of it; for interfaces without =MODE and those towards backends", Value: string(loader.ModeTC)},
 		&cli.StringFlag{Name: "order", Usage: "the `PLACE` among other programs: first or last", Value: string(loader.OrderFirst)},
 		&cli.StringFlag{Name: "api", Usage: "listen for commands at `PATH` instead of /run/snilb/NAME.sock"},
 		&cli.DurationFlag{Name: "dead-after", Usage: "leave new connections to the stack after `DURATION` without a sign of the daemon", Value: loader.DefaultDeadAfter},
@@ -82,7 +80,8 @@ func attachFlags() []cli.Flag {
 
 // attachOptions is the command line of attach.
 type attachOptions struct {
-	interfaces   []string
+	interfaces   []loader.Interface
+	mode         loader.Mode
 	routes       string
 	name         string
 	socket       string // "": where the name puts it
@@ -96,6 +95,7 @@ type attachOptions struct {
 
 func readAttachOptions(c *cli.Context) (attachOptions, error) {
 	o := attachOptions{
+		mode:         loader.Mode(c.String("mode")),
 		routes:       c.String("routes"),
 		name:         c.String("name"),
 		socket:       c.String("api"),
@@ -106,6 +106,9 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		workers:      c.Int("workers"),
 	}
 	if err := refuseUnsupported(c); err != nil {
+		return o, err
+	}
+	if err := checkMode("--mode "+string(o.mode), o.mode); err != nil {
 		return o, err
 	}
 	var err error
@@ -160,9 +163,6 @@ func badPortRange(word string) error {
 
 // refuseUnsupported refuses what the contract has and this build does not.
 func refuseUnsupported(c *cli.Context) error {
-	if err := checkMode("--mode "+c.String("mode"), c.String("mode")); err != nil {
-		return err
-	}
 	for _, choice := range []struct {
 		flag, only string
 		later      []string
@@ -192,38 +192,35 @@ func refuseUnsupported(c *cli.Context) error {
 	return nil
 }
 
-func checkMode(written, mode string) error {
-	switch mode {
-	case modeTC:
+func checkMode(written string, mode loader.Mode) error {
+	if slices.Contains(loader.Modes, mode) {
 		return nil
-	case "xdp", "xdp-generic":
-		return fmt.Errorf("%s: %s is not supported yet: use tc", written, mode)
 	}
-	return fmt.Errorf("%s: no mode %q: use tc", written, mode)
+	return fmt.Errorf("%s: no mode %q: use tc, xdp or xdp-generic", written, mode)
 }
 
 // readInterfaces reads IFACE or IFACE=MODE.
-func readInterfaces(words []string) ([]string, error) {
+func readInterfaces(words []string) ([]loader.Interface, error) {
 	if len(words) == 0 {
 		return nil, fmt.Errorf("attach needs at least one interface that faces clients: snilb attach eth0 --routes routes.yaml")
 	}
-	var names []string
+	var all []loader.Interface
 	for _, word := range words {
 		name, mode, given := strings.Cut(word, "=")
 		if name == "" {
 			return nil, fmt.Errorf("%q names no interface", word)
 		}
 		if given {
-			if err := checkMode(word, mode); err != nil {
+			if err := checkMode(word, loader.Mode(mode)); err != nil {
 				return nil, err
 			}
 		}
-		if slices.Contains(names, name) {
+		if slices.ContainsFunc(all, func(i loader.Interface) bool { return i.Name == name }) {
 			return nil, fmt.Errorf("interface %s is named twice: name it once", name)
 		}
-		names = append(names, name)
+		all = append(all, loader.Interface{Name: name, Mode: loader.Mode(mode)})
 	}
-	return names, nil
+	return all, nil
 }
 
 func newLogger(out io.Writer, asJSON bool) *slog.Logger {

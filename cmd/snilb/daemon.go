@@ -62,7 +62,7 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 	}
 	ports := sourcePorts(c, o.sourcePorts)
 	s.instance, err = loader.Load(loader.Options{
-		Name: o.name, Interfaces: o.interfaces, Workers: o.workers, FlowEntries: c.Limits.Flows,
+		Name: o.name, Interfaces: o.interfaces, Mode: o.mode, Workers: o.workers, FlowEntries: c.Limits.Flows,
 		SourcePortFirst: ports[0], SourcePortLast: ports[1],
 		DeadAfter: o.deadAfter, Order: o.order, Logger: s.log,
 	})
@@ -304,7 +304,7 @@ func (s *server) status() (statusDocument, error) {
 			return d, fmt.Errorf("read the counters of %s: %w", i.Name, err)
 		}
 		d.Interfaces = append(d.Interfaces, interfaceStatus{
-			Name: i.Name, Role: string(i.Role), Mode: i.Mode, Hook: i.Hook, Packets: namePackets(packets),
+			Name: i.Name, Role: string(i.Role), Mode: string(i.Mode), Hook: i.Hook, Packets: namePackets(packets),
 		})
 	}
 	return d, nil

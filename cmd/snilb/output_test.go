@@ -56,14 +56,19 @@ func TestPrintFlows(t *testing.T) {
 
 func TestPrintStatus(t *testing.T) {
 	raw := json.RawMessage(`{"name":"edge","pid":7,"version":"v1","uptime_seconds":61.2,"ready":true,"routes":"r.yaml",` +
-		`"listeners":[{"name":":443"}],"interfaces":[{"name":"eth0","role":"client","mode":"tc","hook":"tcx","packets":{"pass/not_tcp":2,"answer/syn":1}}],` +
+		`"listeners":[{"name":":443"}],"interfaces":[{"name":"eth0","role":"xdp","mode":"xdp","hook":"xdp","packets":{"pass/not_tcp":3,"pass/left_frame":1,"answer/syn":5}},` +
+		`{"name":"eth0","role":"client","mode":"tc","hook":"tcx","packets":{"pass/not_tcp":2,"answer/syn":1}}],` +
 		`"pools":[{"name":"p","balance":"maglev","backends":[{"name":"b","address":"192.0.2.2:443","weight":1}]}],` +
 		`"engine":{"flows":10000000,"hellos":{"ok":2},"decisions":[{"pool":"p","count":2}],"connects":null}}`)
 	want := `instance   edge (pid 7, version v1)
 state      ready for 1m1s
 routes     r.yaml
 listener   :443
-interface  eth0 client, tc by tcx
+interface  eth0 xdp, xdp by xdp: took 5 packets, passed 4
+           answer/syn 5
+           pass/left_frame 1
+           pass/not_tcp 3
+interface  eth0 client, tc by tcx: took 1 packets, passed 2
            answer/syn 1
            pass/not_tcp 2
 pool       p, maglev

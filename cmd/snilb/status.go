@@ -6,12 +6,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"maps"
+	stdmaps "maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
+	"snilb/maps"
 	"snilb/userspace/api"
 )
 
@@ -45,10 +47,22 @@ type statusDocument struct {
 
 type interfaceStatus struct {
 	Name    string            `json:"name"`
-	Role    string            `json:"role"` // client, backend or tap
+	Role    string            `json:"role"` // client, backend, tap or xdp
 	Mode    string            `json:"mode"`
-	Hook    string            `json:"hook"`    // tcx or clsact
+	Hook    string            `json:"hook"`    // tcx, clsact or xdp
 	Packets map[string]uint64 `json:"packets"` // by action/reason
+}
+
+// taken sums what a program finished itself, and what it left to the next one.
+func (i *interfaceStatus) taken() (finished, passed uint64) {
+	for reason, n := range i.Packets {
+		if strings.HasPrefix(reason, string(maps.ActionPass)+"/") {
+			passed += n
+		} else {
+			finished += n
+		}
+	}
+	return finished, passed
 }
 
 // printStatus prints a status; its error says that the daemon does not steer.
@@ -92,8 +106,9 @@ func printStatusTable(out io.Writer, raw json.RawMessage, s *statusDocument) err
 		_, _ = fmt.Fprintf(w, "listener\t%s\n", l.Name)
 	}
 	for _, i := range s.Interfaces {
-		_, _ = fmt.Fprintf(w, "interface\t%s %s, %s by %s\n", i.Name, i.Role, i.Mode, i.Hook)
-		for _, reason := range slices.Sorted(maps.Keys(i.Packets)) {
+		finished, passed := i.taken()
+		_, _ = fmt.Fprintf(w, "interface\t%s %s, %s by %s: took %d packets, passed %d\n", i.Name, i.Role, i.Mode, i.Hook, finished, passed)
+		for _, reason := range slices.Sorted(stdmaps.Keys(i.Packets)) {
 			_, _ = fmt.Fprintf(w, "\t%s %d\n", reason, i.Packets[reason])
 		}
 	}
