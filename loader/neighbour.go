@@ -30,9 +30,6 @@ const (
 	// neighbourMarks is the directory that says which neighbours are managed because of us.
 	neighbourMarks = "neighbours"
 
-	// States in which the kernel sends to a neighbour's link address.
-	neighbourUsable = netlink.NUD_PERMANENT | netlink.NUD_NOARP | netlink.NUD_REACHABLE | netlink.NUD_STALE |
-		netlink.NUD_DELAY | netlink.NUD_PROBE
 	// States that the kernel does not leave by itself.
 	neighbourFixed = netlink.NUD_PERMANENT | netlink.NUD_NOARP
 )
@@ -75,8 +72,9 @@ func (t *neighbourTable) look(key neighbourKey) {
 	if err != nil && !isGone(err) {
 		t.log.Warn("a neighbour cannot be kept resolved: XDP leaves what goes there to TC", "neighbour", key.addr, "error", err)
 	}
+	// The kernel tells an address in the states in which it sends to it, and in no others.
 	var address [6]byte
-	usable := found != nil && found.State&neighbourUsable != 0 && len(found.HardwareAddr) == len(address)
+	usable := found != nil && len(found.HardwareAddr) == len(address)
 	if usable {
 		address = [6]byte(found.HardwareAddr)
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 
@@ -93,31 +94,56 @@ func TestNextHopFollowsNeighbours(t *testing.T) {
 	})
 }
 
+// sendFar puts the far end of an interface into a network namespace of its own, with an
+// address, and returns its link address.
+func sendFar(t *testing.T, ns *namespace, name, prefix string) (*namespace, net.HardwareAddr) {
+	t.Helper()
+	fd, err := netns.New()
+	must(t, err)
+	must(t, netns.Set(ns.fd))
+	must(t, netlink.LinkSetNsFd(device(t, name+"-far"), int(fd)))
+	far := &namespace{fd: fd}
+	far.Handle, err = netlink.NewHandleAt(fd)
+	must(t, err)
+	t.Cleanup(func() { must(t, far.close()) })
+	peer, err := far.LinkByName(name + "-far")
+	must(t, err)
+	a, err := netlink.ParseAddr(prefix)
+	must(t, err)
+	must(t, far.AddrAdd(peer, a))
+	must(t, far.LinkSetUp(peer))
+	return far, peer.Attrs().HardwareAddr
+}
+
 // The kernel is made to resolve: no packet need be sent first.
 func TestNeighbourIsResolved(t *testing.T) {
 	ns := newNetns(t)
 	addXDPVeth(t, "eth0", "10.9.0.1/24")
-	far, err := netns.New()
-	must(t, err)
-	must(t, netns.Set(ns.fd))
-	defer far.Close() //nolint:errcheck // gone with the test
-	must(t, netlink.LinkSetNsFd(device(t, "eth0-far"), int(far)))
-	h, err := netlink.NewHandleAt(far)
-	must(t, err)
-	defer h.Close()
-	peer, err := h.LinkByName("eth0-far")
-	must(t, err)
-	a, err := netlink.ParseAddr("10.9.0.2/24")
-	must(t, err)
-	must(t, h.AddrAdd(peer, a))
-	must(t, h.LinkSetUp(peer))
-
+	_, mac := sendFar(t, ns, "eth0", "10.9.0.2/24")
 	o := testOptions(t, "eth0")
 	o.Mode = ModeXDP
 	i := load(t, o)
 	run(t, i)
 	index := nextHop(t, i, "10.9.0.2").Index
-	eventually(t, "resolved", func() bool { return entry(t, i, index).Dmac == [6]byte(peer.Attrs().HardwareAddr) })
+	eventually(t, "resolved", func() bool { return entry(t, i, index).Dmac == [6]byte(mac) })
+}
+
+// What the peer of a veth takes is told by no change of a link here.
+func TestXDPOutputFollowsPeer(t *testing.T) {
+	ns := newNetns(t)
+	// Its address detection changes the link for seconds.
+	must(t, os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0))
+	addXDPVeth(t, "eth0", "10.9.0.1/24")
+	far, _ := sendFar(t, ns, "eth0", "10.9.0.2/24")
+	o := testOptions(t, "eth0")
+	o.Mode = ModeXDP
+	i := load(t, o)
+	run(t, i)
+	index := nextHop(t, i, "10.9.0.2").Index
+	for _, on := range []bool{true, false, true, false, true, false, true} {
+		must(t, far.do(func() error { setGRO(t, "eth0-far", on); return nil }))
+		eventually(t, fmt.Sprintf("GRO %v", on), func() bool { return (entry(t, i, index).XdpIfindex != 0) == on })
+	}
 }
 
 // What a user has fixed is left as it is, and what was managed because of us is let go.
@@ -159,8 +185,7 @@ func TestNeighboursOfOthersStay(t *testing.T) {
 	}
 }
 
-// An interface that is down, has another address, or whose peer takes no frames of XDP
-// any more.
+// An interface that is down, or has another address.
 func TestXDPOutputFollowsLinks(t *testing.T) {
 	newNetns(t)
 	eth0 := addXDPVeth(t, "eth0", "10.9.0.1/24")
@@ -181,10 +206,6 @@ func TestXDPOutputFollowsLinks(t *testing.T) {
 	must(t, netlink.LinkSetHardwareAddr(eth0, testMAC(1)))
 	setNeighbour(t, "eth0", "10.9.0.2", testMAC(2), netlink.NUD_PERMANENT) // the kernel forgot all of them
 	eventually(t, "other address", func() bool { return entry(t, i, index).Smac == [6]byte(testMAC(1)) && sends() })
-	setGRO(t, "eth0-far", false)
-	eventually(t, "GRO off", leaves)
-	setGRO(t, "eth0-far", true)
-	eventually(t, "GRO on", sends)
 }
 
 // fakeHops is a table without a kernel.

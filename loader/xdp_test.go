@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 
@@ -177,6 +178,44 @@ func TestXDPFailureRollsBack(t *testing.T) {
 	o := testOptions(t)
 	o.Interfaces = []Interface{{"eth0", ModeXDP}, {"eth1", ModeXDPGeneric}}
 	failEachStep(t, o, 5+3*(1+2*3))
+}
+
+// recordedHook notes when it is taken off.
+type recordedHook struct {
+	hook
+	detached func()
+}
+
+func (h *recordedHook) detach() error {
+	h.detached()
+	return h.hook.detach()
+}
+
+// XDP comes when all behind it stands, and goes before any of that does.
+func TestXDPOrder(t *testing.T) {
+	newNetns(t)
+	addXDPVeth(t, "eth0", "10.9.0.1/24")
+	addXDPVeth(t, "eth1", "10.8.0.1/24")
+	var steps, detached []string
+	o := testOptions(t, "eth0")
+	o.Mode = ModeXDP
+	o.before = func(step string) error { steps = append(steps, step); return nil }
+	i := loadAttached(t, o)
+	_, err := i.AddBackend(addrPort("10.8.0.2:443"))
+	must(t, err)
+	for _, c := range [][2]string{
+		{"pin backend eth0", "hook xdp eth0"}, {"pin client eth0", "hook xdp eth0"}, {"pin backend eth1", "hook xdp eth1"},
+	} {
+		before, after := slices.Index(steps, c[0]), slices.Index(steps, c[1])
+		if before < 0 || after < before {
+			t.Errorf("%q is not before %q in %q", c[0], c[1], steps)
+		}
+	}
+	for key, a := range i.attached {
+		a.hook = &recordedHook{a.hook, func() { detached = append(detached, string(key.role)) }}
+	}
+	must(t, i.Close())
+	wantSame(t, detached, []string{"xdp", "xdp", "client", "backend", "backend", "tap"})
 }
 
 // A dead daemon's XDP is found and removed, by the next one and by detach.
