@@ -19,6 +19,10 @@ volatile const __u64 dead_after = 10000000000ULL;
 volatile const __u64 ring_busy = 7 << 20;
 /* XDP has one program an interface: whether clients come in by it. */
 volatile const bool faces_clients = true;
+/* A veth wakes the reader of XDP_TX only where its far end has a program; of what is
+ * redirected to it, also where that has GRO.
+ */
+volatile const bool redirect_back = false;
 /* Whether bpf_l4_csum_replace knows BPF_F_IPV6 (kernel 6.16). */
 volatile const bool has_csum_ipv6 = false;
 

@@ -102,10 +102,10 @@ static __always_inline int frame_trim(frame_t *f, __u32 length)
 
 static __always_inline int frame_return(const frame_t *f)
 {
-	return XDP_TX;
+	return redirect_back ? bpf_redirect(f->ingress_ifindex, 0) : XDP_TX;
 }
 
-/* Makes room for a tag, and puts one on that frame_send overwrites. */
+/* Makes room for a tag, which frame_send fills in. */
 static __always_inline int frame_push_tag(frame_t *f, struct packet *pkt)
 {
 	__u8 addresses[2 * ETH_ALEN];
@@ -158,7 +158,7 @@ static __always_inline int frame_send(frame_t *f, const struct packet *pkt,
 		tag[1] = hop->vlan_id;
 	}
 	if (hop->xdp_ifindex == f->ingress_ifindex)
-		return XDP_TX;
+		return frame_return(f);
 	return bpf_redirect(hop->xdp_ifindex, 0);
 }
 

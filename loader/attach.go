@@ -155,10 +155,12 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 			return nil, err
 		}
 	}
+	at := place{role: role, mode: a.mode, slot: a.slot, facesClients: facesClients}
+	at.redirectBack = a.mode == ModeXDP && device.Type() == "veth"
 	if err := step("load"); err != nil {
 		return nil, err
 	}
-	if a.prog, err = i.loadProgram(role, a.mode, a.slot, facesClients); err != nil {
+	if a.prog, err = i.loadProgram(at); err != nil {
 		return nil, err
 	}
 	if err = step("hook"); err == nil {

@@ -36,18 +36,27 @@ var programOf = map[Role]string{
 	roleJobs:    bpf.ProgramJobs,
 }
 
+// place is what a copy of a program is told of where it runs.
+type place struct {
+	role         Role
+	mode         Mode
+	slot         uint32 // of the counters
+	facesClients bool
+	redirectBack bool // XDP_TX reaches nobody there
+}
+
 // spec returns the object cut down to one role's program, with the constants of a
 // counter slot. All specs of an instance have the same maps.
-func (i *Instance) spec(role Role, slot uint32, facesClients bool) (*ebpf.CollectionSpec, error) {
+func (i *Instance) spec(p place) (*ebpf.CollectionSpec, error) {
 	read := bpf.Spec
-	if role == RoleXDP {
+	if p.role == RoleXDP {
 		read = bpf.SpecXDP
 	}
 	spec, err := read()
 	if err != nil {
 		return nil, fmt.Errorf("read the compiled programs: %w", err)
 	}
-	name := programOf[role]
+	name := programOf[p.role]
 	maps.DeleteFunc(spec.Programs, func(other string, _ *ebpf.ProgramSpec) bool { return other != name })
 
 	entries := uint32(i.opts.FlowEntries) * 2 // one a direction
@@ -57,7 +66,7 @@ func (i *Instance) spec(role Role, slot uint32, facesClients bool) (*ebpf.Collec
 	spec.Maps[mapRings].InnerMap.MaxEntries = uint32(i.opts.RingSize)
 
 	err = errors.Join(
-		set(spec, bpf.VarCounterSlot, slot),
+		set(spec, bpf.VarCounterSlot, p.slot),
 		set(spec, bpf.VarWorkers, uint32(i.opts.Workers)),
 		set(spec, bpf.VarWorkerKey, i.workerKey),
 		set(spec, bpf.VarSourcePortFirst, i.opts.SourcePortFirst),
@@ -65,7 +74,8 @@ func (i *Instance) spec(role Role, slot uint32, facesClients bool) (*ebpf.Collec
 		set(spec, bpf.VarDeadAfter, uint64(i.opts.DeadAfter)),
 		set(spec, bpf.VarRingBusy, uint64(i.opts.RingSize)/8*7),
 		set(spec, bpf.VarHasCsumIPv6, i.hasCsumIPv6),
-		set(spec, bpf.VarFacesClients, facesClients),
+		set(spec, bpf.VarFacesClients, p.facesClients),
+		set(spec, bpf.VarRedirectBack, p.redirectBack),
 	)
 	return spec, err
 }
@@ -91,7 +101,7 @@ func set(spec *ebpf.CollectionSpec, name string, value any) error {
 // createMaps makes the maps all programs of the instance share. What begins with a
 // dot are the constants of one load.
 func (i *Instance) createMaps() error {
-	spec, err := i.spec(RoleTap, 0, true)
+	spec, err := i.spec(place{role: RoleTap})
 	if err != nil {
 		return err
 	}
@@ -141,7 +151,7 @@ func (i *Instance) createRing(index uint32, name string, size int) error {
 
 // createJobs loads the program that works on flows, and maps what each worker shares with it.
 func (i *Instance) createJobs() error {
-	prog, err := i.loadProgram(roleJobs, ModeTC, 0, true)
+	prog, err := i.loadProgram(place{role: roleJobs, mode: ModeTC})
 	if err != nil {
 		return err
 	}
@@ -157,22 +167,22 @@ func (i *Instance) createJobs() error {
 }
 
 // loadProgram loads a copy of a role's program that counts in a slot of its own.
-func (i *Instance) loadProgram(role Role, mode Mode, slot uint32, facesClients bool) (*ebpf.Program, error) {
-	spec, err := i.spec(role, slot, facesClients)
+func (i *Instance) loadProgram(p place) (*ebpf.Program, error) {
+	spec, err := i.spec(p)
 	if err != nil {
 		return nil, err
 	}
-	if mode == ModeXDPGeneric {
+	if p.mode == ModeXDPGeneric {
 		// For a program that takes several buffers the kernel (6.18) copies a packet without the length of its
 		// Ethernet header, and TC sees it from its IP header on. Other programs see all packets in one buffer.
-		spec.Programs[programOf[role]].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
+		spec.Programs[programOf[p.role]].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
 	if err != nil {
-		return nil, fmt.Errorf("load program %s: %w", programOf[role], err)
+		return nil, fmt.Errorf("load program %s: %w", programOf[p.role], err)
 	}
 	defer coll.Close()
-	return coll.DetachProgram(programOf[role]), nil
+	return coll.DetachProgram(programOf[p.role]), nil
 }
 
 // probeCsumIPv6 asks the kernel whether bpf_l4_csum_replace knows BPF_F_IPV6, by

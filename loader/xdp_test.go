@@ -161,13 +161,14 @@ func TestXDPConstants(t *testing.T) {
 	addXDPVeth(t, "eth0", "10.9.0.1/24")
 	i := load(t, testOptions(t, "eth0"))
 	for _, faces := range []bool{false, true} {
-		spec, err := i.spec(RoleXDP, 7, faces)
+		spec, err := i.spec(place{role: RoleXDP, slot: 7, facesClients: faces, redirectBack: faces})
 		must(t, err)
-		var got bool
+		var got, back bool
 		var slot uint32
 		must(t, spec.Variables[maps.VarFacesClients].Get(&got))
+		must(t, spec.Variables[maps.VarRedirectBack].Get(&back))
 		must(t, spec.Variables[maps.VarCounterSlot].Get(&slot))
-		if got != faces || slot != 7 {
+		if got != faces || back != faces || slot != 7 {
 			t.Errorf("faces clients %v in slot %d, want %v in 7", got, slot, faces)
 		}
 	}

@@ -317,6 +317,7 @@ const (
 	bpfVarDeadAfter       = "dead_after"
 	bpfVarFacesClients    = "faces_clients"
 	bpfVarHasCsumIpv6     = "has_csum_ipv6"
+	bpfVarRedirectBack    = "redirect_back"
 	bpfVarRingBusy        = "ring_busy"
 	bpfVarSourcePortFirst = "source_port_first"
 	bpfVarSourcePortLast  = "source_port_last"
@@ -408,6 +409,7 @@ type bpfVariableSpecs struct {
 	DeadAfter       *ebpf.VariableSpec `ebpf:"dead_after"`
 	FacesClients    *ebpf.VariableSpec `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.VariableSpec `ebpf:"has_csum_ipv6"`
+	RedirectBack    *ebpf.VariableSpec `ebpf:"redirect_back"`
 	RingBusy        *ebpf.VariableSpec `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.VariableSpec `ebpf:"source_port_first"`
 	SourcePortLast  *ebpf.VariableSpec `ebpf:"source_port_last"`
@@ -484,6 +486,7 @@ type bpfVariables struct {
 	DeadAfter       *ebpf.Variable `ebpf:"dead_after"`
 	FacesClients    *ebpf.Variable `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.Variable `ebpf:"has_csum_ipv6"`
+	RedirectBack    *ebpf.Variable `ebpf:"redirect_back"`
 	RingBusy        *ebpf.Variable `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.Variable `ebpf:"source_port_first"`
 	SourcePortLast  *ebpf.Variable `ebpf:"source_port_last"`

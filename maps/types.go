@@ -124,6 +124,7 @@ const (
 	VarDeadAfter       = bpfVarDeadAfter       // uint64, ns
 	VarRingBusy        = bpfVarRingBusy        // uint64, bytes
 	VarHasCsumIPv6     = bpfVarHasCsumIpv6     // bool
+	VarRedirectBack    = bpfVarRedirectBack    // bool
 	VarFacesClients    = bpfVarFacesClients    // bool
 )
 
