@@ -130,6 +130,7 @@ type settings struct {
 	ringBusy   uint64
 	noCsumIPv6 bool // as on a kernel without BPF_F_IPV6
 	xdp        bool // the XDP object
+	flows      int  // room in the flow tables; 1024
 }
 
 // rig is the programs, loaded, with their tables, and a clock that stands in the
@@ -218,6 +219,10 @@ func testSpec(tb testing.TB, set settings) *ebpf.CollectionSpec {
 	}
 	for _, name := range []string{bpfMapFlows4, bpfMapFlows6, bpfMapListeners, bpfMapPaths} {
 		spec.Maps[name].MaxEntries = 1024
+	}
+	if set.flows > 0 {
+		spec.Maps[bpfMapFlows4].MaxEntries = uint32(set.flows)
+		spec.Maps[bpfMapFlows6].MaxEntries = uint32(set.flows)
 	}
 	spec.Maps[bpfMapRings].InnerMap.MaxEntries = uint32(set.ringSize)
 	return spec
