@@ -24,6 +24,12 @@ static __always_inline void csum_change16(__u64 *sum, __u16 from, __u16 to)
 	*sum += (__u64)(__u16)~from + to;
 }
 
+static __always_inline void csum_put32(__u64 *sum, __be32 *at, __be32 value)
+{
+	csum_change32(sum, *at, value);
+	*at = value;
+}
+
 static __always_inline __u32 csum_fold64(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);

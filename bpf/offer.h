@@ -87,10 +87,12 @@ static __always_inline bool daemon_is_dead(const struct live *ctl, __u64 now)
 	return ctl->beat + dead_after < now;
 }
 
-static __always_inline int offer_syn(frame_t *f, struct packet *pkt, const struct live *ctl,
-				     bool closing)
+static __always_inline int offer_syn(frame_t *f, struct packet *pkt, struct live *ctl, bool closing)
 {
-	if (daemon_is_dead(ctl, bpf_ktime_get_coarse_ns()))
+	__u64 now = bpf_ktime_get_coarse_ns();
+	int left;
+
+	if (daemon_is_dead(ctl, now))
 		return pass(REASON_DAEMON_DEAD);
 	if (ring_is_busy(client_worker(pkt)))
 		return pass(REASON_RING_BUSY);
@@ -98,7 +100,10 @@ static __always_inline int offer_syn(frame_t *f, struct packet *pkt, const struc
 		flow_forget(pkt, LEG_CLIENT);
 	if (pkt->payload > SYN_PAYLOAD_MAX)
 		return drop(REASON_JUNK);
-	if (synack_make(f, pkt))
+	left = synack_usual(f, pkt, ctl, now);
+	if (left > 0)
+		left = synack_make(f, pkt, ctl, now);
+	if (left)
 		return drop(REASON_WRITE_ERROR);
 	return verdict(frame_return(f), REASON_SYN_ANSWERED);
 }

@@ -8,6 +8,7 @@
 
 #define SYNACK_WINDOW	 64240
 #define SYNACK_TTL	 64
+#define WSCALE_MAX	 14 /* RFC 7323 2.3 */
 #define SYN_PAYLOAD_MAX	 1500
 #define SYN_PAYLOAD_ROOM 2048
 #define CSUM_CHUNK	 512 /* bytes bpf_csum_diff takes on every kernel */
@@ -31,6 +32,12 @@ enum synack_seen {
 	SEEN_SACK = 4,
 	SEEN_TIMESTAMP = 8,
 };
+
+/* Never 0: that would say that there is none. */
+static __always_inline __u32 synack_tsval(__u64 now)
+{
+	return (now / 1000000) | 1;
+}
 
 static __always_inline void synack_blank(struct synack *s, __u32 at, __u32 size)
 {
@@ -63,8 +70,8 @@ static __always_inline bool synack_option(struct synack *s, __u32 at, __u8 kind,
 		break;
 	case SEEN_WSCALE:
 		s->client_wscale = s->header[(at + 2) & 63];
-		if (s->client_wscale > 14) /* RFC 7323 2.3 */
-			s->client_wscale = 14;
+		if (s->client_wscale > WSCALE_MAX)
+			s->client_wscale = WSCALE_MAX;
 		s->header[(at + 2) & 63] = ANNOUNCED_WSCALE;
 		break;
 	case SEEN_SACK:
@@ -133,18 +140,19 @@ static __noinline __s64 synack_payload_sum(frame_t *f, __u32 at, __u32 len)
 	return sum;
 }
 
-static __always_inline void synack_numbers(struct synack *s, const struct packet *pkt, __u32 cookie)
+static __always_inline void synack_numbers(__be32 *word, const struct packet *pkt, __u32 cookie,
+					   __u64 *sum)
 {
-	__be32 *word = (__be32 *)s->header;
-
-	word[0] = pkt->dport | (__u32)pkt->sport << 16;
-	word[1] = bpf_htonl(cookie);
-	word[2] = bpf_htonl(pkt->seq + 1);
+	csum_put32(sum, &word[0], pkt->dport | (__u32)pkt->sport << 16);
+	csum_put32(sum, &word[1], bpf_htonl(cookie));
+	csum_put32(sum, &word[2], bpf_htonl(pkt->seq + 1));
 	/* Data offset, reserved bits, flags and window anew: a mirrored AE, CWR or
 	 * ECE would negotiate ECN that no one speaks.
 	 */
-	word[3] = bpf_htonl((s->len / 4) << 28 | (TCP_SYN | TCP_ACK) << 16 | SYNACK_WINDOW);
-	word[4] &= bpf_htonl(0xffff0000); /* checksum as it is, urgent pointer 0 */
+	csum_put32(sum, &word[3],
+		   bpf_htonl((pkt->header / 4) << 28 | (TCP_SYN | TCP_ACK) << 16 | SYNACK_WINDOW));
+	/* The checksum as it is, no urgent pointer. */
+	csum_put32(sum, &word[4], word[4] & bpf_htonl(0xffff0000));
 }
 
 static __always_inline void synack_ip4(struct iphdr *ip, __u16 length)
@@ -176,21 +184,17 @@ static __always_inline void synack_ip6(struct ipv6hdr *ip, __u16 payload)
 	ip->daddr = saddr;
 }
 
-static __always_inline int synack_lower_layers(frame_t *f, const struct packet *pkt)
+static __always_inline void synack_lower_layers(struct headers *h, const struct packet *pkt)
 {
-	struct headers h;
 	__u8 mac[6];
 
-	if (!packet_headers(frame_data(f), frame_end(f), pkt, &h))
-		return -1;
 	if (pkt->family == AF_INET)
-		synack_ip4(h.ip4, sizeof(*h.ip4) + pkt->header);
+		synack_ip4(h->ip4, sizeof(*h->ip4) + pkt->header);
 	else
-		synack_ip6(h.ip6, pkt->header);
-	__builtin_memcpy(mac, h.eth->h_source, 6);
-	__builtin_memcpy(h.eth->h_source, h.eth->h_dest, 6);
-	__builtin_memcpy(h.eth->h_dest, mac, 6);
-	return 0;
+		synack_ip6(h->ip6, pkt->header);
+	__builtin_memcpy(mac, h->eth->h_source, 6);
+	__builtin_memcpy(h->eth->h_source, h->eth->h_dest, 6);
+	__builtin_memcpy(h->eth->h_dest, mac, 6);
 }
 
 /* Cuts a SYN's payload off, in length and checksum. */
@@ -207,16 +211,98 @@ static __always_inline int synack_trim(frame_t *f, const struct packet *pkt,
 	return 0;
 }
 
-/* Turns the SYN into the SYN-ACK. Returns -1 when a helper refused. */
-static __noinline int synack_make(frame_t *f, struct packet *pkt)
+#define OPTION_MSS	       0x02040000 /* and the value */
+#define NOP_WSCALE	       0x01030300 /* and the value */
+#define SACK_TIMESTAMP	       0x0402080a
+#define NOP_NOP_SACK_PERMITTED 0x01010402
+#define SACK_PERMITTED_EOL     0x04020000
+#define SACK_PERMITTED_NOP     0x04020101
+
+/* How nearly every SYN has its options, the MSS first. Word 5 of the header is the first. */
+enum synack_layout {
+	LAYOUT_OTHER,
+	LAYOUT_LINUX,	/* SACK, timestamp, NOP, scale; Android, too */
+	LAYOUT_WINDOWS, /* NOP, scale, NOP, NOP, SACK */
+	LAYOUT_APPLE,	/* NOP, scale, NOP, NOP, timestamp, SACK, end */
+};
+
+static __always_inline bool word_is(__be32 word, __u32 want, __u32 mask)
 {
-	__u32 zero = 0;
-	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
-	__u64 now = bpf_ktime_get_coarse_ns();
+	return (word & bpf_htonl(mask)) == bpf_htonl(want);
+}
+
+static __always_inline enum synack_layout synack_layout(const __be32 *word, void *end, __u32 header)
+{
+	if ((void *)(word + 8) > end || !word_is(word[5], OPTION_MSS, 0xffff0000))
+		return LAYOUT_OTHER;
+	if (header == 40 && (void *)(word + 10) <= end && word_is(word[6], SACK_TIMESTAMP, ~0) &&
+	    word_is(word[9], NOP_WSCALE, 0xffffff00))
+		return LAYOUT_LINUX;
+	if (!word_is(word[6], NOP_WSCALE, 0xffffff00))
+		return LAYOUT_OTHER;
+	if (header == 32 && word_is(word[7], NOP_NOP_SACK_PERMITTED, ~0))
+		return LAYOUT_WINDOWS;
+	if (header == 44 && (void *)(word + 11) <= end && word_is(word[7], NOP_NOP_TIMESTAMP, ~0) &&
+	    word_is(word[10], SACK_PERMITTED_EOL, ~0))
+		return LAYOUT_APPLE;
+	return LAYOUT_OTHER;
+}
+
+/* Our timestamp, and the client's as its echo. */
+static __always_inline void synack_timestamp(__u64 *sum, __be32 *word, __u32 now_ms)
+{
+	csum_put32(sum, &word[1], word[0]);
+	csum_put32(sum, &word[0], bpf_htonl(now_ms));
+}
+
+/* A SYN of a usual layout becomes the SYN-ACK where it lies. Returns 1 if it is of none,
+ * -1 when a helper refused.
+ */
+static __always_inline int synack_usual(frame_t *f, const struct packet *pkt,
+					const struct live *ctl, __u64 now)
+{
+	__u16 mss = pkt->family == AF_INET ? ctl->mss4 : ctl->mss6;
+	struct cookie_options opt = {.sack = 1};
+	struct csum_change change = {};
+	enum synack_layout layout;
+	struct headers h;
+	__be32 *word;
+
+	if (pkt->payload || ctl->flags & (LIVE_NO_SACK | LIVE_NO_TIMESTAMPS) ||
+	    !packet_headers(frame_data(f), frame_end(f), pkt, &h))
+		return 1;
+	word = (__be32 *)h.tcp;
+	layout = synack_layout(word, frame_end(f), pkt->header);
+	if (layout == LAYOUT_OTHER)
+		return 1;
+	opt.mss_class = mss_class(pkt->family, bpf_ntohl(word[5]));
+	opt.wscale = bpf_ntohl(word[layout == LAYOUT_LINUX ? 9 : 6]);
+	if (opt.wscale > WSCALE_MAX)
+		opt.wscale = WSCALE_MAX;
+
+	synack_numbers(word, pkt, cookie_make(ctl, pkt, &opt, now + ctl->wall_offset), &change.tcp);
+	csum_put32(&change.tcp, &word[5], bpf_htonl(OPTION_MSS | mss));
+	csum_put32(&change.tcp, &word[layout == LAYOUT_LINUX ? 9 : 6],
+		   bpf_htonl(NOP_WSCALE | ANNOUNCED_WSCALE));
+	if (layout == LAYOUT_LINUX)
+		synack_timestamp(&change.tcp, &word[7], synack_tsval(now));
+	if (layout == LAYOUT_APPLE) {
+		synack_timestamp(&change.tcp, &word[8], synack_tsval(now));
+		csum_put32(&change.tcp, &word[10], bpf_htonl(SACK_PERMITTED_NOP));
+	}
+	synack_lower_layers(&h, pkt);
+	return frame_fix_checksum(f, pkt, &change);
+}
+
+/* A SYN of any layout, on a copy of its header. Returns -1 when a helper refused. */
+static __noinline int synack_make(frame_t *f, struct packet *pkt, struct live *ctl, __u64 now)
+{
 	struct csum_change change = {};
 	struct synack s = {.client_wscale = COOKIE_NO_WSCALE, .at = sizeof(struct tcphdr)};
 	struct cookie_options opt;
+	struct headers h;
 	__u32 old, len;
+	__u64 sum = 0;
 
 	if (!ctl || !pkt)
 		return -1;
@@ -227,7 +313,7 @@ static __noinline int synack_make(frame_t *f, struct packet *pkt)
 		return -1;
 	old = bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, 0);
 	s.len = len;
-	s.now_ms = (now / 1000000) | 1;
+	s.now_ms = synack_tsval(now);
 	s.mss = pkt->family == AF_INET ? ctl->mss4 : ctl->mss6;
 	s.refused = (ctl->flags & LIVE_NO_SACK ? SEEN_SACK : 0) |
 		    (ctl->flags & LIVE_NO_TIMESTAMPS ? SEEN_TIMESTAMP : 0);
@@ -236,7 +322,8 @@ static __noinline int synack_make(frame_t *f, struct packet *pkt)
 	opt.mss_class = mss_class(pkt->family, s.client_mss);
 	opt.wscale = s.client_wscale;
 	opt.sack = s.sack;
-	synack_numbers(&s, pkt, cookie_make(ctl, pkt, &opt, now + ctl->wall_offset));
+	synack_numbers((__be32 *)s.header, pkt, cookie_make(ctl, pkt, &opt, now + ctl->wall_offset),
+		       &sum);
 	change.tcp = (__u32)bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, ~old);
 
 	/* ---- from here on the packet is changed ---- */
@@ -244,8 +331,9 @@ static __noinline int synack_make(frame_t *f, struct packet *pkt)
 		return -1;
 	if (frame_store(f, pkt->l4, s.header, len))
 		return -1;
-	if (synack_lower_layers(f, pkt))
+	if (!packet_headers(frame_data(f), frame_end(f), pkt, &h))
 		return -1;
+	synack_lower_layers(&h, pkt);
 	return frame_fix_checksum(f, pkt, &change);
 }
 
