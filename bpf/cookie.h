@@ -80,8 +80,8 @@ static __always_inline __u64 words(__u32 low, __u32 high)
 	return low | (__u64)high << 32;
 }
 
-/* SipHash-2-4 of: source address, destination address, ports, option bits, slot.
- * Always 48 bytes: an IPv4 address enters as its v4-mapped form.
+/* SipHash-2-4 of: source and destination address, ports, option bits, and 7 bytes of
+ * the slot, which fill the last block beside the length. 23 bytes for IPv4, 47 for IPv6.
  */
 static __always_inline __u32 cookie_mac(const struct cookie_key *key, const struct packet *pkt,
 					__u32 options, __u64 slot)
@@ -92,14 +92,19 @@ static __always_inline __u32 cookie_mac(const struct cookie_key *key, const stru
 		.v2 = key->k0 ^ 0x6c7967656e657261ULL,
 		.v3 = key->k1 ^ 0x7465646279746573ULL,
 	};
+	__u64 length = 8 + 8 + 7;
 
-	sip_word(&s, words(pkt->saddr[0], pkt->saddr[1]));
-	sip_word(&s, words(pkt->saddr[2], pkt->saddr[3]));
-	sip_word(&s, words(pkt->daddr[0], pkt->daddr[1]));
-	sip_word(&s, words(pkt->daddr[2], pkt->daddr[3]));
+	if (pkt->family == AF_INET) {
+		sip_word(&s, words(pkt->saddr[3], pkt->daddr[3]));
+	} else {
+		sip_word(&s, words(pkt->saddr[0], pkt->saddr[1]));
+		sip_word(&s, words(pkt->saddr[2], pkt->saddr[3]));
+		sip_word(&s, words(pkt->daddr[0], pkt->daddr[1]));
+		sip_word(&s, words(pkt->daddr[2], pkt->daddr[3]));
+		length = 32 + 8 + 7;
+	}
 	sip_word(&s, words(pkt->sport | (__u32)pkt->dport << 16, options));
-	sip_word(&s, slot);
-	sip_word(&s, 48ULL << 56);
+	sip_word(&s, length << 56 | (slot & ((1ULL << 56) - 1)));
 	s.v2 ^= 0xff;
 	sip_round(&s);
 	sip_round(&s);

@@ -87,13 +87,12 @@ func (c cookieFields) bits() uint32 {
 func (c cookieFields) make(keys [4]CookieKey, slot uint64, src, dst netip.AddrPort) uint32 {
 	var msg []byte
 	for _, a := range []netip.AddrPort{src, dst} {
-		b := a.Addr().As16()
-		msg = append(msg, b[:]...)
+		msg = append(msg, a.Addr().AsSlice()...)
 	}
 	msg = binary.BigEndian.AppendUint16(msg, src.Port())
 	msg = binary.BigEndian.AppendUint16(msg, dst.Port())
 	msg = binary.LittleEndian.AppendUint32(msg, c.bits())
-	msg = binary.LittleEndian.AppendUint64(msg, slot)
+	msg = binary.LittleEndian.AppendUint64(msg, slot)[:len(msg)+7]
 	key := keys[slot%4]
 	return uint32(slot)<<30 | c.bits()<<22 | uint32(siphash(key.K0, key.K1, msg))&0x3fffff
 }

@@ -191,7 +191,10 @@ func TestCookieForged(t *testing.T) {
 		r := r.with(t)
 		for bit := range 32 {
 			s := r.hello(f)
-			s.ack = (s.ack - 1) ^ 1<<bit + 1
+			made := s.ack
+			if s.ack = (s.ack - 1) ^ 1<<bit + 1; s.ack == made+AlertLength+1 {
+				continue // so a client acknowledges an alert and a FIN behind it
+			}
 			r.forged(s, fmt.Sprintf("cookie bit %d", bit))
 		}
 		for bit := range 16 {
