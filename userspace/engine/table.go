@@ -78,7 +78,7 @@ type table struct {
 
 	ways    shared[way]
 	names   shared[string]
-	origins map[uint32]netip.AddrPort // by number: the client by its PROXY header, if it is not the peer
+	origins map[uint32]endpoint // by number: the client by its PROXY header, if it is not the peer
 }
 
 // chunkFlows are 64 KiB.
@@ -87,7 +87,7 @@ const chunkFlows = 512
 func newTable() table {
 	return table{
 		heads: make([][2]uint32, 1), seed: maphash.MakeSeed(),
-		ways: newShared[way](), names: newShared[string](), origins: make(map[uint32]netip.AddrPort),
+		ways: newShared[way](), names: newShared[string](), origins: make(map[uint32]endpoint),
 	}
 }
 
@@ -104,7 +104,12 @@ func (t *table) wayOf(f *flow) way     { return t.ways.value(f.way) }
 func (t *table) nameOf(f *flow) string { return t.names.value(f.name) }
 
 // originOf is the client as a PROXY header told it, not valid if that is the peer.
-func (t *table) originOf(f *flow) netip.AddrPort { return t.origins[t.number(f)] }
+func (t *table) originOf(f *flow) netip.AddrPort {
+	if e, ok := t.origins[t.number(f)]; ok {
+		return e.addrPort()
+	}
+	return netip.AddrPort{}
+}
 
 // add returns a new flow with these ends. Of its other fields those about the table and its timer are not the caller's.
 func (t *table) add(c connection, local netip.AddrPort, w way, name string, origin netip.AddrPort) *flow {
@@ -116,7 +121,7 @@ func (t *table) add(c connection, local netip.AddrPort, w way, name string, orig
 	}
 	t.order = append(t.order, n)
 	if origin != c.client {
-		t.origins[n] = origin
+		t.origins[n] = endpointOf(origin)
 	}
 	if len(t.order) > len(t.heads) {
 		t.split()
