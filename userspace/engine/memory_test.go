@@ -51,8 +51,10 @@ func hold(tb testing.TB, connections int) *desk {
 	return d
 }
 
-// memoryNow is what the heap holds, without garbage, and what the process has of the machine.
-func memoryNow(tb testing.TB) (heap, resident float64) {
+// daemonMemory is bytes of the heap that live, those of the pages that they are in, and what the process has of the machine.
+type daemonMemory struct{ heap, inUse, resident float64 }
+
+func memoryNow(tb testing.TB) daemonMemory {
 	tb.Helper()
 	var m runtime.MemStats
 	text, err := os.ReadFile("/proc/self/statm")
@@ -66,24 +68,25 @@ func memoryNow(tb testing.TB) (heap, resident float64) {
 	runtime.GC()
 	runtime.GC() // what the first one made garbage
 	runtime.ReadMemStats(&m)
-	return float64(m.HeapAlloc), pages * float64(os.Getpagesize())
+	return daemonMemory{float64(m.HeapAlloc), float64(m.HeapInuse), pages * float64(os.Getpagesize())}
 }
 
-func memoryOf(tb testing.TB, connections int) (heap, resident float64) {
+// memoryOf is what a connection takes.
+func memoryOf(tb testing.TB, connections int) daemonMemory {
 	tb.Helper()
-	heapBefore, residentBefore := memoryNow(tb)
+	before := memoryNow(tb)
 	d := hold(tb, connections)
-	heap, resident = memoryNow(tb)
+	after, by := memoryNow(tb), float64(connections)
 	if got := d.e.Bound(); got != connections {
 		tb.Fatalf("%d flows are bound, want %d", got, connections)
 	}
 	runtime.KeepAlive(d)
-	return (heap - heapBefore) / float64(connections), (resident - residentBefore) / float64(connections)
+	return daemonMemory{(after.heap - before.heap) / by, (after.inUse - before.inUse) / by, (after.resident - before.resident) / by}
 }
 
 // TestMemory bounds what the worker keeps of a connection.
 func TestMemory(t *testing.T) {
-	heap, _ := memoryOf(t, 20_000)
+	heap := memoryOf(t, 20_000).heap
 	t.Logf("%.0f bytes a connection", heap)
 	if heap > flowGoal*1.25 {
 		t.Errorf("the worker keeps %.0f bytes of a connection, want at most %d", heap, flowGoal)
@@ -94,9 +97,10 @@ func TestMemory(t *testing.T) {
 // is collected when it is as much as what lives.
 func BenchmarkMemory(b *testing.B) {
 	for b.Loop() {
-		heap, resident := memoryOf(b, 1_000_000)
-		b.ReportMetric(heap, "B/connection")
-		b.ReportMetric(resident, "resident-B")
+		m := memoryOf(b, 1_000_000)
+		b.ReportMetric(m.heap, "B/connection")
+		b.ReportMetric(m.inUse, "in-use-B")
+		b.ReportMetric(m.resident, "resident-B")
 	}
 	b.ReportMetric(0, "ns/op")
 }

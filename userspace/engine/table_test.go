@@ -137,6 +137,40 @@ func TestTableChains(t *testing.T) {
 	}
 }
 
+// TestTableAllocatesNothing looks a flow up as every event does.
+func TestTableAllocatesNothing(t *testing.T) {
+	table := newTable()
+	f := fakes(1)[0]
+	f.addTo(&table)
+	if n := testing.AllocsPerRun(100, func() {
+		if table.byClient(f.connection) == nil || table.byBackend(f.way.backend.Addr, f.local) == nil {
+			t.Error("the flow is not found")
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations to find a flow", n)
+	}
+}
+
+func BenchmarkTable(b *testing.B) {
+	table := newTable()
+	all := fakes(100_000)
+	for i := range all {
+		all[i].addTo(&table)
+	}
+	b.Run("find", func(b *testing.B) {
+		for i := 0; b.Loop(); i++ {
+			table.byClient(all[i*7919%len(all)].connection)
+		}
+	})
+	b.Run("remove and add", func(b *testing.B) {
+		for i := 0; b.Loop(); i++ {
+			f := &all[i*7919%len(all)]
+			table.remove(table.byClient(f.connection))
+			f.addTo(&table)
+		}
+	})
+}
+
 // TestFlowSize holds a flow to two cache lines, and to nothing that the garbage collector follows.
 func TestFlowSize(t *testing.T) {
 	if size := unsafe.Sizeof(flow{}); size != 128 {
