@@ -29,7 +29,7 @@ GENERATED   = $(addprefix maps/,snilb_bpfel.o snilb_bpfel.go snilb_xdp_bpfel.o s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-packets bench-short demo clean
+.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-memory bench-packets bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 bench: bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in 20 minutes; into the README too (MODES="tc xdp")
 	@scripts/install-test-tools.sh
 	$(GO) run ./scripts/bench -modes "$(MODES)" -readme
+
+# One package after the other: what one allocates, the other would count.
+bench-memory: ## bytes that an established connection takes of kernel and daemon, with a million of each family (root)
+	$(GO) test -p 1 ./maps ./userspace/engine -run '^$$' -bench '^BenchmarkMemory$$' -benchtime 1x
 
 # Timings decide nothing here: that all connections succeed and all bytes come does.
 bench-packets: bpffs ## connections and packets a second of the load tool's packet generator, by itself

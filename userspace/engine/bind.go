@@ -28,14 +28,13 @@ func (h *handshake) bind(w *worker) {
 		h.abandonFull(w, limit)
 		return
 	}
-	if old := w.flows[h.connection]; old != nil {
+	if old := w.flows.byClient(h.connection); old != nil {
 		old.remove(w, "replaced")
 	}
 	w.generation++
-	f := newFlow(h, w.generation)
-	toBackend, toClient := h.entries(w, back, f)
-	pair := maps.Pair{Client: f.clientTuple(), Backend: f.backendTuple(), Up: toBackend, Down: toClient}
-	if err := w.jobs.Bind(&pair, f.local.ports == nil); err != nil {
+	toBackend, toClient := h.entries(w, back)
+	pair := maps.Pair{Client: maps.Tuple{Src: h.client, Dst: h.connection.listener}, Backend: a.tuple(), Up: toBackend, Down: toClient}
+	if err := w.jobs.Bind(&pair, a.local.ports == nil); err != nil {
 		if errors.Is(err, unix.E2BIG) {
 			h.abandonFull(w, limit)
 			return
@@ -49,12 +48,12 @@ func (h *handshake) bind(w *worker) {
 		return
 	}
 	w.stats.connect(a.backend, "ok")
-	h.settle(w, f)
-	h.replayHello(w, f)
+	mss := int(h.settle(w).mss)
+	h.replayHello(w, mss)
 	for i := range a.pending {
 		// An ACK of our header alone means nothing to the client.
 		a.pending[i].Ack = a.ack
-		w.replay(maps.LegBackend, a.pending[i], f.mss)
+		w.replay(maps.LegBackend, a.pending[i], mss)
 	}
 }
 
@@ -72,23 +71,27 @@ func (h *handshake) abandon(w *worker, result string) {
 }
 
 // settle turns the handshake into a flow of the worker.
-func (h *handshake) settle(w *worker, f *flow) {
+func (h *handshake) settle(w *worker) *flow {
 	a := &h.attempt
-	w.leases[f.backendTuple()] = lease{flow: f}
+	v := way{a.backend, a.local.ports, &h.decision.pool.Config.Timeouts, h.decision.routeName()}
+	f := w.flows.add(h.connection, a.local.AddrPort, v, h.sni, h.origin.client)
+	f.cookie, f.generation, f.bound = h.cookie, w.generation, h.progress
+	toClient := segmentSize(h.options.MSS, a.hop.MTU, h.client.Addr().Is4(), h.options.HasTimestamps)
+	f.mss = uint16(min(h.segmentSize(), toClient))
+	delete(w.leases, a.tuple())
 	a.local = local{} // it is the flow's now
 	w.drop(h)
-	w.flows[h.connection] = f
-	w.enroll(f)
-	w.timers.set(&f.timer, w.now+int64(f.timeouts.Unconfirmed))
+	w.flowTimers.set(w.flows.number(f), w.now+int64(v.timeouts.Unconfirmed))
 	w.e.flows.Add(1)
 	w.stats.handshakes++
 	w.stats.handshakeNanoseconds += uint64(w.now - h.started)
+	return f
 }
 
 // entries are the two directions' rewrites. The client's stream starts at one
 // number and at another on the backend leg; our numbers end at the cookie, the
 // backend's at its SYN-ACK's.
-func (h *handshake) entries(w *worker, back Hop, f *flow) (toBackend, toClient *maps.Entry) {
+func (h *handshake) entries(w *worker, back Hop) (toBackend, toClient *maps.Entry) {
 	a := &h.attempt
 	seq := a.start() - h.start()
 	ack := a.peer.Seq - h.cookie
@@ -99,19 +102,23 @@ func (h *handshake) entries(w *worker, back Hop, f *flow) (toBackend, toClient *
 	}
 	up, down := h.shifts()
 	seen := uint32(w.now >> 20)
+	var route uint16 // its index plus 1; 0: no route
+	if r := h.decision.route; r != nil {
+		route = uint16(r.Index + 1)
+	}
 	toBackend = &maps.Entry{
 		To: maps.Tuple{Src: a.local.AddrPort, Dst: a.backend.Addr},
 		Flow: maps.Flow{
 			Seq: seq, Ack: ack, Tsval: ts, Tsecr: ecr, LastAck: h.cookie + 1, LastSeen: seen,
 			Bytes:   uint64(a.delivered()),
-			Control: maps.FlowControl(a.hop.Index, up, w.id), Generation: f.generation, Id: a.backend.ID,
+			Control: maps.FlowControl(a.hop.Index, up, w.id), Generation: w.generation, Id: a.backend.ID,
 		},
 	}
 	toClient = &maps.Entry{
 		To: maps.Tuple{Src: h.connection.listener, Dst: h.client},
 		Flow: maps.Flow{
 			Seq: -ack, Ack: -seq, Tsval: -ecr, Tsecr: -ts, LastAck: a.ack, LastSeen: seen,
-			Control: maps.FlowControl(back.Index, down, w.id), Generation: f.generation, Id: f.routeID,
+			Control: maps.FlowControl(back.Index, down, w.id), Generation: w.generation, Id: route,
 		},
 	}
 	return toBackend, toClient
@@ -136,7 +143,7 @@ func (h *handshake) shifts() (toBackend, toClient int) {
 // replayHello sends what the client will repeat if it is lost: all but what the
 // backend has acknowledged, and the client's FIN if that stands right behind. It
 // also is the ACK of the backend's SYN-ACK.
-func (h *handshake) replayHello(w *worker, f *flow) {
+func (h *handshake) replayHello(w *worker, mss int) {
 	sent := h.attempt.delivered()
 	rest := h.stream()[sent:]
 	s := packet.Segment{
@@ -156,5 +163,5 @@ func (h *handshake) replayHello(w *worker, f *flow) {
 	if len(rest) == 0 && !s.Has(packet.FIN) {
 		return // all of it is with the backend already
 	}
-	w.replay(maps.LegClient, s, f.mss)
+	w.replay(maps.LegClient, s, mss)
 }

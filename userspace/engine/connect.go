@@ -141,7 +141,7 @@ func (h *handshake) backendClock(w *worker) uint32 {
 }
 
 func (h *handshake) retryAt(w *worker) {
-	w.timers.set(&h.timer, min(w.now+int64(h.attempt.retry), h.attempt.ends))
+	w.timers.set(h, min(w.now+int64(h.attempt.retry), h.attempt.ends))
 	h.attempt.retry *= 2
 }
 

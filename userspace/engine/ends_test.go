@@ -12,6 +12,7 @@ import (
 	"snilb/maps"
 	"snilb/userspace/config"
 	"snilb/userspace/packet"
+	"snilb/userspace/pool"
 	"snilb/userspace/ringbuf"
 	"snilb/userspace/ringbuf/ringbuftest"
 )
@@ -33,9 +34,9 @@ func TestEndsAreHeardFirst(t *testing.T) {
 	}()
 	c := newClient(1)
 	vip := netip.MustParseAddrPort("203.0.113.1:443")
-	old := &flow{connection: connection{c.addr, vip}, cookie: 1, timeouts: &config.Timeouts{Closing: time.Minute}}
-	old.owner = old
-	d.flows[old.connection] = old
+	v := way{backend: &pool.Backend{Addr: netip.MustParseAddrPort("192.0.2.11:443")}, timeouts: &config.Timeouts{Closing: time.Minute}}
+	old := d.flows.add(connection{c.addr, vip}, c.addr, v, "a.example.com", c.addr)
+	old.cookie = 1
 	rst := packet.Segment{Src: c.addr, Dst: vip, Seq: 5, Flags: packet.RST}
 	frame := rst.Append(nil)
 	var header bytes.Buffer
@@ -47,7 +48,7 @@ func TestEndsAreHeardFirst(t *testing.T) {
 		t.Fatal("the RST is not in the ring", err)
 	}
 	d.sends(c, 1, []byte{22, 3, 1}, packet.PSH)
-	if old.closing == nil || !old.closing.reset {
+	if !old.closing.reset {
 		t.Errorf("the old connection's RST was not heard before the new one: %+v", old.closing)
 	}
 }

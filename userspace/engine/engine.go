@@ -149,8 +149,8 @@ func (e *Engine) Live() int {
 	for _, w := range e.workers {
 		w.mu.Lock()
 		live += len(w.handshakes) - w.refused
-		for _, f := range w.flows {
-			if f.closing == nil || !f.closing.reset {
+		for _, n := range w.flows.order {
+			if !w.flows.at(n).closing.reset {
 				live++
 			}
 		}

@@ -11,7 +11,6 @@ import (
 	"unsafe"
 
 	"snilb/maps"
-	"snilb/userspace/config"
 	"snilb/userspace/packet"
 )
 
@@ -195,28 +194,28 @@ func TestOutliveReset(t *testing.T) {
 		"goes on":               {8 * time.Second, time.Second, time.Second, maps.LegClient, true},
 		"backend goes on":       {8 * time.Second, 8 * time.Second, time.Second, maps.LegBackend, true},
 	} {
-		f := &flow{closing: &closing{reset: true, resetBy: c.by, resetAt: now - int64(c.reset)}, timeouts: &config.Timeouts{Idle: time.Hour, Closing: time.Minute}}
+		f := &flow{closing: closing{reset: true, resetBy: uint8(c.by), resetAt: now - int64(c.reset)}}
 		up, down := ago(c.client), ago(c.back)
 		f.outliveReset(now, up, down)
 		f.noticeEnds(&maps.Entry{}, &maps.Entry{})
-		if alive := f.closing == nil; alive != c.alive || alive != f.outlived[c.by] {
+		if alive := !f.closing.ended(); alive != c.alive || alive != f.outlived[c.by] {
 			t.Errorf("%s: alive %v, want %v", name, alive, c.alive)
 		}
 		if !c.alive {
 			continue
 		}
-		f.closing = &closing{reset: true, resetBy: c.by, resetAt: now - int64(c.reset), fin: [2]bool{true, false}}
-		if f.outliveReset(now, up, down); f.closing == nil || f.closing.reset {
+		f.closing = closing{reset: true, resetBy: uint8(c.by), resetAt: now - int64(c.reset), fin: [2]bool{true, false}}
+		if f.outliveReset(now, up, down); !f.closing.ended() || f.closing.reset {
 			t.Errorf("%s: with a FIN of one side: %+v", name, f.closing)
 		}
-		f.closing = nil
+		f.closing = closing{}
 		up.Flow.Control, down.Flow.Control = 0, 0
 		mine := up
 		if c.by == maps.LegBackend {
 			mine = down
 		}
 		mine.Flow.Control = maps.FlowRST
-		if f.noticeEnds(up, down); f.closing != nil {
+		if f.noticeEnds(up, down); f.closing.ended() {
 			t.Errorf("%s: the mark that stays in the entry counts again", name)
 		}
 	}

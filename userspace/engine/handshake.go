@@ -31,7 +31,7 @@ const (
 	// client that scales understands them.
 	windowToClient = 64240
 	// handshakeMemory is what a handshake takes beside its hello's bytes, rounded
-	// up: the struct, its places in three maps and in the heap of timers. A test
+	// up: the struct, its places in three maps and among the timers. A test
 	// compares it with the heap.
 	handshakeMemory = 2048
 )
@@ -47,8 +47,8 @@ const (
 
 // handshake is one connection from its first data to its bind.
 type handshake struct {
-	timer
 	connection
+	timer    uint32 // in worker.timers
 	listener int    // index in the configuration
 	cookie   uint32 // our initial sequence number on the client leg
 	phase    phase
@@ -115,7 +115,6 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 		repeatAt:   w.now,
 		deadline:   w.now + int64(plan.config.Timeouts.Hello),
 	}
-	h.owner = h
 	h.options.HasTimestamps = s.Options.HasTimestamps
 	w.handshakes[c] = h
 	h.account(w)
@@ -281,7 +280,7 @@ func (h *handshake) notTLS(w *worker, err error) {
 		h.loneByte(w)
 	case mayBeLate && !hello.Plaintext(bytes):
 		// Perhaps the second segment of a hello whose first is late.
-		w.timers.set(&h.timer, h.deadline)
+		w.timers.set(h, h.deadline)
 	default:
 		h.noHello(w, err)
 	}
@@ -317,7 +316,7 @@ func (h *handshake) loneByte(w *worker) {
 		}
 		at = h.deadline
 	}
-	w.timers.set(&h.timer, min(at, h.deadline))
+	w.timers.set(h, min(at, h.deadline))
 }
 
 // noHello counts what came in place of a hello and does what is set for it.
@@ -353,7 +352,7 @@ func (h *handshake) wait(w *worker) {
 	if have > h.acked && known {
 		at = min(at, max(h.progress+int64(ackAfter), w.now+int64(ackAfter)/4))
 	}
-	w.timers.set(&h.timer, at)
+	w.timers.set(h, at)
 }
 
 // cut: the client closed before its hello was whole. Behind a PROXY header alone
@@ -433,7 +432,7 @@ func (h *handshake) isIncomplete() bool {
 
 // drop forgets a handshake.
 func (w *worker) drop(h *handshake) {
-	w.timers.set(&h.timer, 0)
+	w.timers.set(h, 0)
 	if h.phase == refused {
 		w.refused--
 	} else {

@@ -36,7 +36,7 @@ func (w *worker) icmpError(leg maps.Leg, raw []byte) {
 		return
 	}
 	if leg == maps.LegBackend {
-		if h := w.leaseOf(answer.Src, answer.Dst).handshake; h != nil {
+		if h := w.leases[maps.Tuple{Src: answer.Src, Dst: answer.Dst}]; h != nil {
 			h.backendError(w, &e)
 		}
 	}
@@ -47,7 +47,7 @@ func (w *worker) icmpError(leg maps.Leg, raw []byte) {
 func (w *worker) translateError(leg maps.Leg, f *flow, e *packet.ICMPError) {
 	tuple := f.clientTuple()
 	if leg == maps.LegBackend {
-		tuple = f.backendTuple()
+		tuple = w.flows.backendTuple(f)
 	}
 	entry, err := w.e.o.Tables.LookupFlow(leg, tuple)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {

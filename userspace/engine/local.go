@@ -18,20 +18,14 @@ type local struct {
 	ports *ports // where the port belongs; nil with source: client
 }
 
-// lease is who has a local: a handshake, later the flow it became.
-type lease struct {
-	handshake *handshake
-	flow      *flow
-}
-
 // tuple is what the backend's packets of this attempt show.
 func (a *attempt) tuple() maps.Tuple {
 	return maps.Tuple{Src: a.backend.Addr, Dst: a.local.AddrPort}
 }
 
-// leaseOf returns who speaks to a backend from an address of ours.
-func (w *worker) leaseOf(backend, ours netip.AddrPort) lease {
-	return w.leases[maps.Tuple{Src: backend, Dst: ours}]
+// speaks reports whether a connection of this worker goes to a backend from an address of ours.
+func (w *worker) speaks(backend, ours netip.AddrPort) bool {
+	return w.leases[maps.Tuple{Src: backend, Dst: ours}] != nil || w.flows.byBackend(backend, ours) != nil
 }
 
 // takeLocal gives the attempt an address and port. Returns false when all that the
@@ -51,11 +45,11 @@ func (h *handshake) takeLocal(w *worker) bool {
 		addr := addrs[(w.rotation+i)%len(addrs)]
 		p := w.portsTo(pathKey{addr, a.backend.Addr, source.PortFirst, source.PortLast})
 		port, ok := p.take(w.now, func(port uint16) bool {
-			return w.leaseOf(a.backend.Addr, netip.AddrPortFrom(addr, port)) != (lease{})
+			return w.speaks(a.backend.Addr, netip.AddrPortFrom(addr, port))
 		})
 		if ok {
 			a.local = local{netip.AddrPortFrom(addr, port), p}
-			w.leases[a.tuple()] = lease{handshake: h}
+			w.leases[a.tuple()] = h
 			return true
 		}
 	}
@@ -77,7 +71,7 @@ func (h *handshake) borrowClient(w *worker) bool {
 		client = h.client
 	}
 	tuple := maps.Tuple{Src: a.backend.Addr, Dst: client}
-	if old := w.leaseOf(tuple.Src, tuple.Dst).flow; old != nil && (old.connection == h.connection || old.isOver()) {
+	if old := w.flows.byBackend(tuple.Src, tuple.Dst); old != nil && (old == w.flows.byClient(h.connection) || old.isOver()) {
 		// A SYN found it closed, or there would be no hello; or it came by another
 		// connection of a proxy, and has ended.
 		old.remove(w, "replaced")
@@ -94,30 +88,22 @@ func (h *handshake) borrowClient(w *worker) bool {
 		return false
 	}
 	a.local = local{AddrPort: client}
-	w.leases[tuple] = lease{handshake: h}
+	w.leases[tuple] = h
 	return true
 }
 
-// giveLocal gives an address and port back; resting says that the backend may hold
-// the tuple in TIME_WAIT.
-func (w *worker) giveLocal(l local, backend netip.AddrPort, resting bool) {
-	delete(w.leases, maps.Tuple{Src: backend, Dst: l.AddrPort})
-	if l.ports != nil {
-		l.ports.give(w.now, l.Port(), resting)
-	}
-}
-
-// giveUpLocal is giveLocal for a handshake that does not become a flow.
+// giveUpLocal gives the address and port of a handshake back that does not become a flow. The backend may hold them in
+// TIME_WAIT.
 func (h *handshake) giveUpLocal(w *worker) {
 	a := &h.attempt
 	if !a.local.IsValid() {
 		return
 	}
-	w.giveLocal(a.local, a.backend.Addr, true)
-	if a.local.ports == nil {
-		if err := w.e.o.Tables.DeleteFlow(maps.LegBackend, a.tuple()); err != nil {
-			w.log.limited(w.now, "pending entry not removed", "error", err)
-		}
+	delete(w.leases, a.tuple())
+	if p := a.local.ports; p != nil {
+		p.give(w.now, a.local.Port(), true)
+	} else if err := w.e.o.Tables.DeleteFlow(maps.LegBackend, a.tuple()); err != nil {
+		w.log.limited(w.now, "pending entry not removed", "error", err)
 	}
 	a.local = local{}
 }

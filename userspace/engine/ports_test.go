@@ -133,7 +133,7 @@ func TestNumbersOfSourceClient(t *testing.T) {
 	if a.start() != h.start() || a.tsval != 777 || h.backendClock(w) != 777 {
 		t.Errorf("the stream starts at %d of the client and at %d of ours; TSval %d, now %d", h.start(), a.start(), a.tsval, h.backendClock(w))
 	}
-	up, _ := h.entries(w, Hop{}, &flow{})
+	up, _ := h.entries(w, Hop{})
 	if up.Flow.Seq != 0 || up.Flow.Tsval != 0 {
 		t.Errorf("the rewrite adds %d to the numbers and %d to the timestamps", up.Flow.Seq, up.Flow.Tsval)
 	}

@@ -22,11 +22,10 @@ const proxyLine = "PROXY TCP4 203.0.113.7 203.0.113.1 1234 443\r\n"
 func proxyHandshake(t *testing.T, sent string) (*handshake, *worker, *frames) {
 	t.Helper()
 	out := &frames{}
-	w := &worker{e: &Engine{}, queue: out}
+	w := newWorker(&Engine{}, 0, out)
 	w.e.plan.Store(&Plan{config: &config.Config{Limits: config.DefaultLimits}})
 	c := connection{client: netip.MustParseAddrPort("192.0.2.2:40000"), listener: netip.MustParseAddrPort("192.0.2.1:443")}
 	h := &handshake{connection: c, origin: c, cookie: 0x70000000, proxied: true}
-	h.owner = h
 	if _, err := h.hello.Add(0xfffffff0, []byte(sent)); err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +103,7 @@ func TestProxyNumbers(t *testing.T) {
 		if got := payloads(t, *out, a.ack); !bytes.Equal(got, want[c.ack:]) {
 			t.Errorf("%s: pushed %q", name, got)
 		}
-		up, down := h.entries(w, Hop{}, &flow{})
+		up, down := h.entries(w, Hop{})
 		if got := h.hello.Start() + uint32(len(c.in)) + up.Flow.Seq; got != a.isn+1+uint32(len(c.out)) {
 			t.Errorf("%s: the client's first byte comes to %d", name, got-a.isn)
 		}
@@ -116,7 +115,7 @@ func TestProxyNumbers(t *testing.T) {
 			t.Errorf("%s: %d bytes counted, want %d", name, up.Flow.Bytes, delivered)
 		}
 		*out = nil
-		h.replayHello(w, &flow{mss: 140})
+		h.replayHello(w, 140)
 		if got := payloads(t, *out, h.start()+uint32(delivered)); !bytes.Equal(got, stream[delivered:]) {
 			t.Errorf("%s: replayed %q", name, got)
 		}

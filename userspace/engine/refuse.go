@@ -35,7 +35,7 @@ func (h *handshake) refuse(w *worker, action config.ActionKind) {
 	h.phase = refused
 	w.refused++
 	h.hello.Reset()
-	w.timers.set(&h.timer, w.now+int64(refusedFor))
+	w.timers.set(h, w.now+int64(refusedFor))
 }
 
 // answer is what the client gets: a reset, an alert or nothing.

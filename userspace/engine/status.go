@@ -52,9 +52,10 @@ func (e *Engine) Flows() ([]Flow, error) {
 			}
 			all = append(all, h.status(now))
 		}
-		for _, f := range w.flows {
-			in, out := up[f.clientTuple()], down[f.backendTuple()]
-			s := f.status(now)
+		for _, n := range w.flows.order {
+			f := w.flows.at(n)
+			in, out := up[f.clientTuple()], down[w.flows.backendTuple(f)]
+			s := w.flows.status(f, now)
 			s.BytesIn, s.BytesOut = in.bytes, out.bytes
 			s.Idle = seconds(min(in.idle, out.idle))
 			all = append(all, s)
@@ -88,21 +89,22 @@ func (h *handshake) status(now int64) Flow {
 	return f
 }
 
-func (f *flow) status(now int64) Flow {
+func (t *table) status(f *flow, now int64) Flow {
+	client, v := f.clientTuple(), t.wayOf(f)
 	s := Flow{
-		Client:   f.client.String(),
-		Listener: f.listener.String(),
-		SNI:      f.sni,
-		Route:    f.route,
-		Pool:     f.backend.Pool,
-		Backend:  f.backend.Addr.String(),
+		Client:   client.Src.String(),
+		Listener: client.Dst.String(),
+		SNI:      t.nameOf(f),
+		Route:    v.route,
+		Pool:     v.backend.Pool,
+		Backend:  v.backend.Addr.String(),
 		State:    "open",
 		Age:      seconds(time.Duration(now - f.bound)),
 	}
-	if f.origin != nil {
-		s.Client, s.Peer = f.origin.String(), s.Client
+	if origin := t.originOf(f); origin.IsValid() {
+		s.Client, s.Peer = origin.String(), s.Client
 	}
-	if f.closing != nil {
+	if f.closing.ended() {
 		s.State = "closing"
 	}
 	return s

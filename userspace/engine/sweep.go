@@ -38,7 +38,7 @@ func (e *Engine) runSweep(ctx context.Context) {
 // sweepStep goes on where the last one ended.
 func (w *worker) sweepStep() {
 	w.mu.Lock()
-	left := min(len(w.order)/int(sweepRound/sweepInterval)+1, sweepMost)
+	left := min(w.flows.len()/int(sweepRound/sweepInterval)+1, sweepMost)
 	w.mu.Unlock()
 	for left > 0 {
 		n := min(left, maps.FlowJobs)
@@ -51,34 +51,17 @@ func (w *worker) sweepStep() {
 func (w *worker) sweep(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.swept >= len(w.order) {
+	if w.swept >= w.flows.len() {
 		w.swept = 0
 	}
-	// A copy, because flows that are over leave the order.
-	w.due = append(w.due[:0], w.order[w.swept:min(w.swept+n, len(w.order))]...)
+	// Before any is reviewed, because flows that are over leave the order.
+	w.due = w.due[:0]
+	for _, number := range w.flows.order[w.swept:min(w.swept+n, w.flows.len())] {
+		w.due = append(w.due, w.flows.at(number))
+	}
 	w.swept += len(w.due)
 	if len(w.due) > 0 {
 		w.now = w.e.clock.now()
 		w.review(w.due)
-		clear(w.due)
 	}
 }
-
-// enroll puts a flow into the sweep's order.
-func (w *worker) enroll(f *flow) {
-	f.place = len(w.order)
-	w.order = append(w.order, f)
-}
-
-// strike takes it out: the last one takes its place.
-func (w *worker) strike(f *flow) {
-	last := len(w.order) - 1
-	w.order[f.place] = w.order[last]
-	w.order[f.place].place = f.place
-	w.order[last] = nil
-	w.order = w.order[:last]
-	f.place = struck
-}
-
-// struck is the place of a flow that was removed.
-const struck = -1

@@ -8,21 +8,22 @@ import (
 	"time"
 )
 
-type nobody struct{}
+type waiting struct{ timer uint32 }
 
-func (nobody) expire(*worker) {}
+func newWheel(now int64) timers[*waiting] {
+	return newTimers(now, func(w *waiting) *uint32 { return &w.timer })
+}
 
 // TestTimers compares the wheel with a plain list, over turns, at random times.
 func TestTimers(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	for _, start := range []int64{0, int64(time.Hour) + 12345, 1 << 60} {
-		var wheel timers
+		wheel := newWheel(start)
 		now := start
-		all := make([]timer, 300)
-		want := map[*timer]int64{}
+		all := make([]waiting, 300)
+		want := map[*waiting]int64{}
 		for range 20_000 {
 			one := &all[random.IntN(len(all))]
-			one.owner = nobody{}
 			switch random.IntN(4) {
 			case 0:
 				wheel.set(one, 0)
@@ -39,15 +40,18 @@ func TestTimers(t *testing.T) {
 			}
 			check(t, &wheel, want, now)
 		}
+		if most := firstSlot + wheelSlots + len(all); len(wheel.all) > most {
+			t.Errorf("%d places for %d timers", len(wheel.all), len(all))
+		}
 	}
 }
 
 // check takes everything due off both, and compares what is next.
-func check(t *testing.T, wheel *timers, want map[*timer]int64, now int64) {
+func check(t *testing.T, wheel *timers[*waiting], want map[*waiting]int64, now int64) {
 	t.Helper()
-	for one := wheel.due(now); one != nil; one = wheel.due(now) {
+	for one, some := wheel.due(now); some; one, some = wheel.due(now) {
 		at, ok := want[one]
-		if !ok || at > now || one.at != 0 {
+		if !ok || at > now || one.timer != 0 {
 			t.Fatalf("at %d a timer for %d came (%v)", now, at, ok)
 		}
 		delete(want, one)
@@ -73,18 +77,18 @@ func check(t *testing.T, wheel *timers, want map[*timer]int64, now int64) {
 
 // TestTimersDoNotSpin waits as the worker does: each wait must end behind the last one.
 func TestTimersDoNotSpin(t *testing.T) {
-	var wheel timers
 	now := int64(time.Hour)
-	var one timer
-	one.owner = nobody{}
+	wheel := newWheel(now)
+	var one waiting
 	wheel.set(&one, now+int64(50*time.Second))
 	waits := 0
-	for wheel.due(now) == nil {
+	for one.timer != 0 {
 		next := wheel.next()
 		if next == 0 {
 			t.Fatal("the timer is lost")
 		}
 		now = (next>>tickShift + 1) << tickShift
+		wheel.due(now)
 		waits++
 	}
 	if waits > 8 || now < int64(time.Hour)+int64(50*time.Second) || now > int64(time.Hour)+int64(50*time.Second)+2<<tickShift {
@@ -93,9 +97,9 @@ func TestTimersDoNotSpin(t *testing.T) {
 }
 
 func BenchmarkTimers(b *testing.B) {
-	var wheel timers
-	all := make([]timer, 100_000)
 	now := int64(time.Hour)
+	wheel := newWheel(now)
+	all := make([]waiting, 100_000)
 	for i := range all {
 		wheel.set(&all[i], now+int64(i)*int64(300*time.Microsecond))
 	}

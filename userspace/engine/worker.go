@@ -41,17 +41,17 @@ type worker struct {
 
 	mu         sync.Mutex
 	now        int64 // CLOCK_MONOTONIC ns, read once an event
-	timers     timers
-	due        []*flow // of those, in one look
-	over       []ended // of those, kept for its memory
+	timers     timers[*handshake]
+	flowTimers timers[uint32] // by the flows' numbers
+	due        []*flow        // of those, in one look
+	over       []ended        // of those, kept for its memory
 	handshakes map[connection]*handshake
-	flows      map[connection]*flow
-	order      []*flow // all flows, as the sweep comes by
-	swept      int     // how far it came
+	leases     map[maps.Tuple]*handshake // by what a backend's packets show
+	flows      table
+	swept      int // how far the sweep came in its order
 	paths      map[pathKey]*ports
-	leases     map[maps.Tuple]lease // by what a backend's packets show
-	rotation   int                  // over a pool's source addresses
-	refused    int                  // of handshakes, those in that phase
+	rotation   int // over a pool's source addresses
+	refused    int // of handshakes, those in that phase
 	generation uint16
 	frame      []byte
 	stats      stats
@@ -62,13 +62,15 @@ func newWorker(e *Engine, id int, queue io.Writer) *worker {
 	w := &worker{
 		e: e, id: id, queue: queue,
 		handshakes: make(map[connection]*handshake),
-		flows:      make(map[connection]*flow),
+		leases:     make(map[maps.Tuple]*handshake),
+		flows:      newTable(),
 		paths:      make(map[pathKey]*ports),
-		leases:     make(map[maps.Tuple]lease),
 		log:        limiter{log: e.o.Log},
 		stats:      newStats(),
 	}
-	w.timers.tick = e.clock.now() >> tickShift // or the wheel would turn through all the time since the boot
+	now := e.clock.now()
+	w.timers = newTimers(now, func(h *handshake) *uint32 { return &h.timer })
+	w.flowTimers = newTimers(now, func(n uint32) *uint32 { return &w.flows.at(n).timer })
 	return w
 }
 
@@ -151,35 +153,35 @@ func (w *worker) patience() time.Duration {
 	defer w.mu.Unlock()
 	now := w.e.clock.now()
 	at := now + int64(time.Second)
-	if len(w.flows) > 0 {
+	if w.flows.len() > 0 {
 		at = now + int64(quietInterval)
 	}
-	if next := w.timers.next(); next != 0 && next < at {
-		at = next
+	for _, next := range []int64{w.timers.next(), w.flowTimers.next()} {
+		if next != 0 && next < at {
+			at = next
+		}
 	}
 	return time.Duration((at>>tickShift+1)<<tickShift - now)
 }
 
 // runTimers has what is due looked at: flows together, since that takes system calls.
 func (w *worker) runTimers() {
+	for h, ok := w.timers.due(w.now); ok; h, ok = w.timers.due(w.now) {
+		h.expire(w)
+	}
 	for {
 		w.due = w.due[:0]
 		for len(w.due) < maps.FlowJobs {
-			t := w.timers.due(w.now)
-			if t == nil {
+			n, ok := w.flowTimers.due(w.now)
+			if !ok {
 				break
 			}
-			if f, ok := t.owner.(*flow); ok {
-				w.due = append(w.due, f)
-			} else {
-				t.owner.expire(w)
-			}
+			w.due = append(w.due, w.flows.at(n))
 		}
 		if len(w.due) == 0 {
 			return
 		}
 		w.review(w.due)
-		clear(w.due) // nothing here keeps a flow
 	}
 }
 
@@ -244,11 +246,11 @@ func (w *worker) clientSegment(listener int, s *packet.Segment) {
 	w.hearEnds()
 	c := connection{client: s.Src, listener: s.Dst}
 	cookie := s.Ack - 1
-	if f := w.flows[c]; f != nil && f.cookie == cookie {
+	if f := w.flows.byClient(c); f != nil && f.cookie == cookie {
 		if f.hasEntry(w) {
 			// It was queued while its connection was bound.
 			w.stats.late++
-			w.replay(maps.LegClient, *s, f.mss)
+			w.replay(maps.LegClient, *s, int(f.mss))
 			return
 		}
 		// The client was given the same cookie for a new connection from the
@@ -311,20 +313,20 @@ func echo(s *packet.Segment) packet.Options {
 
 // backendSegment is a backend's packet to one of our ports that no entry took.
 func (w *worker) backendSegment(s *packet.Segment) {
-	l := w.leaseOf(s.Src, s.Dst)
-	switch {
-	case l.handshake != nil:
-		l.handshake.backendSegment(w, s)
-	case l.flow != nil:
-		w.stats.late++
-		// A SYN-ACK that comes again is not for the client, whose hello, repeated
-		// until the backend has it, answers it.
-		if !s.Has(packet.SYN | packet.ACK) {
-			w.replay(maps.LegBackend, *s, l.flow.mss)
-		}
-	default:
+	if h := w.leases[maps.Tuple{Src: s.Src, Dst: s.Dst}]; h != nil {
+		h.backendSegment(w, s)
+		return
+	}
+	f := w.flows.byBackend(s.Src, s.Dst)
+	if f == nil {
 		w.stats.unknown++
 		w.reset(s)
+		return
+	}
+	w.stats.late++
+	// A SYN-ACK that comes again is not for the client, whose hello, repeated until the backend has it, answers it.
+	if !s.Has(packet.SYN | packet.ACK) {
+		w.replay(maps.LegBackend, *s, int(f.mss))
 	}
 }
 
