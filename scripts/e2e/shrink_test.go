@@ -40,6 +40,24 @@ func keepAlive(bed *testbed.Bed, target netip.AddrPort, name string) (*http.Clie
 	return client, dials
 }
 
+// waitFullMSS waits until clients are promised whole packets again: what a link bore a moment ago may still be announced.
+func waitFullMSS(t *testing.T, bed *testbed.Bed, target netip.AddrPort) {
+	t.Helper()
+	const full = 1500 - 40 - 20 - 12 // IPv6, TCP, timestamps
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		conn, err := bed.Client.DialContext(t.Context(), "tcp", target.String())
+		must(t, err)
+		info := tcpInfo(t, conn)
+		must(t, conn.Close())
+		if info.Snd_mss >= full {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("after 10 s clients are still promised %d bytes", info.Snd_mss)
+		}
+	}
+}
+
 // TestShrinkingLink lowers the MTU of the balancer's own link to one side while connections are open, which were promised
 // more. Their senders are told by ICMP; those that never hear of it are slow and do not stall.
 func TestShrinkingLink(t *testing.T) {
@@ -63,6 +81,7 @@ func TestShrinkingLink(t *testing.T) {
 				for dev, transfer := range map[string]func(*testing.T, *http.Client, int64){"eth1": uploadBy, "eth0": downloadBy} {
 					t.Run(dev, func(t *testing.T) {
 						forgetPMTU(t, bed)
+						waitFullMSS(t, bed, vip(bed, v6))
 						client, dials := keepAlive(bed, vip(bed, v6), "a.example.com")
 						defer client.CloseIdleConnections()
 						downloadBy(t, client, 100)

@@ -177,7 +177,7 @@ func TestStacksWindow(t *testing.T) {
 				must(t, echo(client, backend, "to the backend"))
 				must(t, echo(backend, client, "to the client"))
 				for who, c := range map[string]*net.TCPConn{"client": client, "backend": backend} {
-					if window := sendWindow(t, c); window < 16<<10 || window > 1<<20 {
+					if window := tcpInfo(t, c).Snd_wnd; window < 16<<10 || window > 1<<20 {
 						t.Errorf("the %s may send %d bytes", who, window)
 					}
 				}
@@ -186,16 +186,16 @@ func TestStacksWindow(t *testing.T) {
 	}
 }
 
-// sendWindow is the peer's window as the kernel understands it.
-func sendWindow(t *testing.T, c *net.TCPConn) uint32 {
+// tcpInfo is what the kernel says of a TCP connection.
+func tcpInfo(t *testing.T, c net.Conn) *unix.TCPInfo {
 	t.Helper()
-	raw, err := c.SyscallConn()
+	raw, err := c.(*net.TCPConn).SyscallConn()
 	must(t, err)
 	var info *unix.TCPInfo
 	var infoErr error
 	must(t, raw.Control(func(fd uintptr) { info, infoErr = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }))
 	must(t, infoErr)
-	return info.Snd_wnd
+	return info
 }
 
 // secondWorks asks twice.
