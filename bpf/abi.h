@@ -236,6 +236,7 @@ enum live_flag {
 	LIVE_NO_SACK = 1,	/* not announced: the backends have none */
 	LIVE_NO_TIMESTAMPS = 2, /* not announced */
 	LIVE_SOURCE_CLIENT = 4, /* backends may be spoken to from clients' addresses */
+	LIVE_SOCKETS = 8,	/* sockets of this node may have listeners' ports */
 };
 
 /* The live switches, written by the daemon about once a second. */

@@ -147,19 +147,22 @@ static __always_inline int offer(frame_t *f, struct packet *pkt, bool closing)
 {
 	__u32 zero = 0, cookie = pkt->ack - 1;
 	__u64 wall;
+	bool syn;
 	struct live *ctl = bpf_map_lookup_elem(&control, &zero);
 	struct listener *listener = listener_find(pkt);
 	struct event_what what = {.kind = EVENT_HELLO};
 
 	if (!listener || !ctl)
 		return pass(REASON_NOT_OURS);
+	syn = (pkt->flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
 	/* Before the cookie: one packet in six million of somebody else's
 	 * connection looks like a valid one. SYNs as well: were one answered whose
 	 * tuple a socket still holds (TIME_WAIT), its hello would go to that socket.
+	 * In a flood of them it is most of the cost, so not where no socket can be.
 	 */
-	if (socket_owns(f, pkt))
+	if ((!syn || ctl->flags & LIVE_SOCKETS) && socket_owns(f, pkt))
 		return pass(REASON_SOCKET);
-	if ((pkt->flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
+	if (syn)
 		return offer_syn(f, pkt, ctl, closing);
 	wall = bpf_ktime_get_coarse_ns() + ctl->wall_offset;
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||

@@ -44,6 +44,7 @@ func (i *Instance) SetListeners(want []ListenerSpec) error {
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	i.sockets.watch(want)
 	i.listeners.want = slices.Clone(want)
 	return i.applyListeners()
 }

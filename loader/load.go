@@ -44,6 +44,7 @@ type Instance struct {
 	neighbours *neighbourTable // nil without XDP
 	cache      routeCache
 	backends   backendSet
+	sockets    socketWatch
 
 	stop context.CancelFunc // of every Run
 	ctx  context.Context    // done when stop was called

@@ -450,6 +450,8 @@ func TestSocketOwns(t *testing.T) {
 		client, server := r.connection(f)
 		f.client, f.vip = client, server
 		must(t, r.tables.SetListeners(map[netip.AddrPort]Listener{server: {Id: listenerID}}))
+		r.live.Flags = LiveSockets
+		r.setClock()
 		for _, flags := range []uint16{ack, ack | psh, ack | fin, rst, ack | rst, syn, syn | ack, 0} {
 			s := r.hello(f)
 			s.flags = flags
@@ -457,8 +459,15 @@ func TestSocketOwns(t *testing.T) {
 			s.ack ^= 1 << 5
 			r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
 		}
-		f.client = netip.AddrPortFrom(client.Addr(), client.Port()^1)
+		// Where no socket can be none is looked for, but by what is no SYN.
+		r.live.Flags = 0
+		r.setClock()
 		s := r.hello(f)
+		r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
+		s.flags, s.payload = syn, nil
+		r.expectAnswer(s)
+		f.client = netip.AddrPortFrom(client.Addr(), client.Port()^1)
+		s = r.hello(f)
 		r.expect(ProgramClient, s.frame(), hello(s))
 		s.ack ^= 1 << 5
 		r.expect(ProgramClient, s.frame(), unknown(s))

@@ -184,6 +184,7 @@ const (
 	bpfLiveFlagLIVE_NO_SACK       bpfLiveFlag = 1
 	bpfLiveFlagLIVE_NO_TIMESTAMPS bpfLiveFlag = 2
 	bpfLiveFlagLIVE_SOURCE_CLIENT bpfLiveFlag = 4
+	bpfLiveFlagLIVE_SOCKETS       bpfLiveFlag = 8
 )
 
 type bpfNexthop struct {

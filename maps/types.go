@@ -65,6 +65,7 @@ const (
 	LiveNoSACK       = uint32(bpfLiveFlagLIVE_NO_SACK)
 	LiveNoTimestamps = uint32(bpfLiveFlagLIVE_NO_TIMESTAMPS)
 	LiveSourceClient = uint32(bpfLiveFlagLIVE_SOURCE_CLIENT)
+	LiveSockets      = uint32(bpfLiveFlagLIVE_SOCKETS)
 
 	TapOutput        = uint8(bpfTapRequestTAP_OUTPUT)
 	TapReplayClient  = uint8(bpfTapRequestTAP_REPLAY_CLIENT)

@@ -133,6 +133,7 @@ func (s *server) engineOptions() engine.Options {
 			return engineHop(hop), err
 		},
 		MSS:             s.instance.MTU,
+		HasSockets:      s.instance.HasSockets,
 		SourcePortFirst: ports[0],
 		SourcePortLast:  ports[1],
 		SourcePortsOwn:  s.o.sourcePorts,

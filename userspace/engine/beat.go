@@ -34,6 +34,9 @@ func (e *Engine) beat() error {
 	if e.plan.Load().sourceClient {
 		live.Flags |= maps.LiveSourceClient
 	}
+	if e.o.HasSockets() {
+		live.Flags |= maps.LiveSockets
+	}
 	return e.o.Tables.SetLive(&live)
 }
 

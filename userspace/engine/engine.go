@@ -49,7 +49,9 @@ type Options struct {
 	// and no larger ones.
 	NextHopWithin func(addr netip.Addr, mtu int) (Hop, error)
 	// MSS is what SYN-ACKs announce, in bytes.
-	MSS                             func() (mss4, mss6 uint16)
+	MSS func() (mss4, mss6 uint16)
+	// HasSockets says whether a socket of this node may own a connection to a listener.
+	HasSockets                      func() bool
 	SourcePortFirst, SourcePortLast uint16 // both included: the kernel programs' range
 	// SourcePortsOwn is the part of it for pools that name none, first and last.
 	SourcePortsOwn [2]uint16
