@@ -46,6 +46,8 @@ type flooded struct {
 	// Most and Left are the bytes by which the kernel grew, at most in the flood and some time after it.
 	Most int64 `json:"kernel_most"`
 	Left int64 `json:"kernel_left"`
+	// Grown are the slab caches that had grown most after it: they tell a flood's entries from what others took meanwhile.
+	Grown map[string]int64 `json:"grown"`
 	// Conntrack and HalfOpen are entries of conntrack in the load balancer and sockets in SYN_RECV, the backend's too, late
 	// in the flood.
 	Conntrack int `json:"conntrack"`
@@ -74,7 +76,7 @@ func (t *tournament) floods(ctx context.Context, c contender) (r record, err err
 			f, err := t.oneFlood(ctx, c, kind, rate, &r.Calm)
 			// Whoever else needs memory meanwhile does not do so each time.
 			for try := 1; try < 3 && err == nil && t.short && f.Snilb != nil && f.Left > floodMemory; try++ {
-				progress("%s: %s flood: the kernel has %d bytes more: once again", c.Name, f.title(), f.Left)
+				progress("%s: %s flood: the kernel has %d bytes more, %v: once again", c.Name, f.title(), f.Left, f.Grown)
 				f, err = t.oneFlood(ctx, c, kind, rate, &r.Calm)
 			}
 			if err != nil {
@@ -140,7 +142,7 @@ func (s *site) flood(ctx context.Context, kind string, rate float64) (f flooded,
 	}
 	time.Sleep(set.Flood.Rest)
 	after, err := s.memory()
-	f.Left = after.taken(before)
+	f.Left, f.Grown = after.taken(before), grown(before.Caches, after.Caches, 5)
 	return f, err
 }
 
@@ -328,7 +330,7 @@ func (r *record) stood(all bool) error {
 			fail("%d flows are its, and %d hellos of it are waited for", f.Snilb.Flows, f.Snilb.Guessed)
 		}
 		if f.Left > floodMemory {
-			fail("the kernel has %d bytes more, %d are all right", f.Left, floodMemory)
+			fail("the kernel has %d bytes more, %d are all right: %v", f.Left, floodMemory, f.Grown)
 		}
 	}
 	return errors.Join(errs...)
