@@ -212,13 +212,13 @@ func intoReadme(file, dir, links string) error {
 }
 
 func (r *results) readme(links string) string {
-	return fmt.Sprintf("%s %s\n\n%s\n", r.where(), r.rounds(), r.table(keyMetrics)) +
+	return fmt.Sprintf("%s%s\n\n%s\n", r.rounds(), r.where(), r.table(keyMetrics)) +
 		fmt.Sprintf("![CPU added per connection](%[1]s/%[2]s) ![CPU added per GB](%[1]s/%[3]s)\n", links, connectionPlot, bulkPlot) +
 		fmt.Sprintf("\n[All figures and versions](%[1]s/%[3]s.md), [latency by percentile](%[1]s/%[2]s).\n", links, latencyPlot, allFiles)
 }
 
 func (r *results) floodReadme(links string) string {
-	return fmt.Sprintf("%s\n\n%s %s\n\n%s\n", r.floodText(), r.where(), r.rounds(), r.table(r.keyFloodMetrics())) +
+	return fmt.Sprintf("%s\n\n%s%s\n\n%s\n", r.floodText(), r.rounds(), r.where(), r.table(r.keyFloodMetrics())) +
 		fmt.Sprintf("![Latency in floods](%[1]s/%[2]s)\n\n[Each flood by itself](%[1]s/%[3]s.md).\n", links, floodPlot, floodFiles)
 }
 
