@@ -29,7 +29,7 @@ GENERATED   = $(addprefix maps/,snilb_bpfel.o snilb_bpfel.go snilb_xdp_bpfel.o s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-memory bench-packets bench-short demo clean
+.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,9 +64,17 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 			{ echo "--- the whole output, mode $$mode:"; cat "$$log"; exit 1; }; \
 	done
 
-bench: bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in 20 minutes; into the README too (MODES="tc xdp")
+bench: bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in half an hour; into the README too (MODES="tc xdp")
 	@scripts/install-test-tools.sh
 	$(GO) run ./scripts/bench -modes "$(MODES)" -readme
+	$(GO) run ./scripts/bench -modes "$(MODES)" -flood -readme
+
+bench-flood: bpffs build ## of these the floods alone: real clients while packets of no connection come, in eight minutes
+	@scripts/install-test-tools.sh
+	$(GO) run ./scripts/bench -modes "$(MODES)" -flood -readme
+
+bench-programs: bpffs ## ns a packet takes in the TC and XDP programs, with one flow and with a million
+	$(GO) test ./maps -run '^$$' -bench '^Benchmark(Programs|Flows)$$' -benchtime 500x -timeout 30m
 
 # One package after the other: what one allocates, the other would count.
 bench-memory: ## bytes that an established connection takes of kernel and daemon, with a million of each family (root)
@@ -76,8 +84,9 @@ bench-memory: ## bytes that an established connection takes of kernel and daemon
 bench-packets: bpffs ## connections and packets a second of the load tool's packet generator, by itself
 	$(GO) test ./scripts/e2e -run '^$$' -bench '^Benchmark(Packets|Flood)$$' -benchtime 1x -timeout 20m
 
-bench-short: bpffs build ## the same in a minute, to see that it works
+bench-short: bpffs build ## the same in two minutes, to see that it works and that snilb holds nothing for a flood
 	$(GO) run ./scripts/bench -modes "$(MODES)" -short
+	$(GO) run ./scripts/bench -modes "$(MODES)" -short -flood -only "haproxy $(addprefix snilb-,$(MODES))"
 
 bpffs:
 	@mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf

@@ -191,7 +191,7 @@ func sampleResults() *results {
 	add := func(round int, name string, busy float64, slab, daemon int64) {
 		held := memory{Daemon: daemon}
 		r.Records = append(r.Records, record{Round: round, Contender: name, Bulk: p(busy), Requests: p(busy), RequestsAt: p(busy),
-			Connections: p(busy), ConnectionsAt: p(busy), Calm: p(busy), Flooded: p(busy), Flood: p(busy), Idle: idle{Connections: 10, Kernel: slab, Holding: held}})
+			Connections: p(busy), ConnectionsAt: p(busy), Idle: idle{Connections: 10, Kernel: slab, Holding: held}})
 	}
 	add(1, floor, 1, 1000, 0)
 	add(1, "x", 1.5, 4000, 500)
@@ -204,9 +204,9 @@ func TestFigures(t *testing.T) {
 	r := sampleResults()
 	table := r.table(keyMetrics)
 	for _, want := range []string{
-		"| plainly routed | – | – | – | 0.90 (0.90 to 0.90) | 2.00 (2.00 to 2.00) | – | 100.0 (100.0 to 100.0) |\n",
+		"| plainly routed | – | – | – | 0.90 (0.90 to 0.90) | 2.00 (2.00 to 2.00) | – |\n",
 		// 500 and 750 us, 0.125 and 0.1875 s/GB; 300 bytes of the kernel and 50 of the process
-		"| X | 625 (500 to 750) | 0.16 (0.12 to 0.19) | 625.0 (500.0 to 750.0) | 0.90 (0.90 to 0.90) | 2.00 (2.00 to 2.00) | 350 (350 to 350) | 100.0 (100.0 to 100.0) |\n",
+		"| X | 625 (500 to 750) | 0.16 (0.12 to 0.19) | 625.0 (500.0 to 750.0) | 0.90 (0.90 to 0.90) | 2.00 (2.00 to 2.00) | 350 (350 to 350) |\n",
 	} {
 		if !strings.Contains(table, want) {
 			t.Errorf("not in the table: %s\n%s", want, table)
@@ -254,15 +254,28 @@ func TestReport(t *testing.T) {
 	if err := os.WriteFile(readme, []byte("before\n"+readmeBegin+"\nold\n"+readmeEnd+"\nafter\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // the second time it replaces its own
-		if err := r.intoReadme(readme, "results"); err != nil {
+	for _, floods := range []int{0, 1} { // the second time it replaces its own
+		if floods == 1 {
+			if err := sampleFloods().write(dir); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := intoReadme(readme, dir, "results"); err != nil {
 			t.Fatal(err)
 		}
-	}
-	text, _ := os.ReadFile(readme)
-	if s := string(text); strings.Contains(s, "old") || !strings.HasPrefix(s, "before\n") || !strings.HasSuffix(s, "\nafter\n") ||
-		strings.Count(s, "| X | 625") != 1 || !strings.Contains(s, "(results/"+connectionPlot+")") || !strings.Contains(s, "(results/"+bulkPlot+")") {
-		t.Errorf("README:\n%s", s)
+		text, _ := os.ReadFile(readme)
+		s := string(text)
+		if strings.Contains(s, "old") || !strings.HasPrefix(s, "before\n") || !strings.HasSuffix(s, "\nafter\n") {
+			t.Errorf("README:\n%s", s)
+		}
+		for part, want := range map[string]int{
+			"| X | 625": 1, "(results/" + connectionPlot + ")": 1, "(results/" + bulkPlot + ")": 1, "(results/results.md)": 1,
+			"| X | 0.90": floods, "(results/" + floodPlot + ")": floods, "(results/flood.md)": floods,
+		} {
+			if n := strings.Count(s, part); n != want {
+				t.Errorf("README has %d times %q, want %d:\n%s", n, part, want, s)
+			}
+		}
 	}
 }
 
@@ -289,8 +302,14 @@ func TestChosen(t *testing.T) {
 	if _, err := (options{modes: "tc", only: "floppy"}).chosen("snilb"); err == nil {
 		t.Error("the contender floppy was accepted")
 	}
-	if _, err := (options{generator: "carrier pigeons"}).settings(); err == nil {
-		t.Error("carrier pigeons were accepted")
+	for _, o := range []options{{generator: "carrier pigeons"}, {generator: sockets, floodRates: "0 many"}, {generator: sockets, floodRates: "-1"}} {
+		if _, err := o.settings(); err == nil {
+			t.Errorf("%+v was accepted", o)
+		}
+	}
+	set, err := options{generator: sockets, flood: true, floodRates: "1e5, 0"}.settings()
+	if err != nil || !reflect.DeepEqual(set.Flood.Rates, []float64{1e5, 0}) || set.Rounds != 1 {
+		t.Errorf("%+v, %v", set, err)
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -29,7 +30,8 @@ type options struct {
 	modes, only   string
 	generator     string
 	rate          float64
-	floodRate     float64
+	flood         bool
+	floodRates    string
 	snilb         string
 	out, from     string
 }
@@ -38,14 +40,15 @@ func main() {
 	var o options
 	flag.BoolVar(&o.short, "short", false, "one round of small numbers: shows that everything works, and measures nothing")
 	flag.BoolVar(&o.readme, "readme", false, "rewrite the README's table too")
-	flag.IntVar(&o.rounds, "rounds", 0, "rounds (default 5, with -short 1)")
+	flag.IntVar(&o.rounds, "rounds", 0, "rounds (default 5, with -flood 1, with -short 1)")
 	flag.StringVar(&o.modes, "modes", "tc", "attach modes of snilb: tc, xdp, xdp-generic, several in quotes")
 	flag.StringVar(&o.only, "only", "", "only these contenders, besides the plainly routed path")
 	flag.StringVar(&o.generator, "generator", sockets, "what makes new connections: sockets, packets")
 	flag.Float64Var(&o.rate, "rate", 0, "new connections a second at which CPU is compared (default: half of what the slowest can do, at most 2000)")
-	flag.Float64Var(&o.floodRate, "flood-rate", 0, "SYNs a second (default 60000, with -short 2000)")
+	flag.BoolVar(&o.flood, "flood", false, "measure real clients in floods of packets that belong to none, and nothing else")
+	flag.StringVar(&o.floodRates, "flood-rates", "", "packets a second of each kind of flood, several in quotes, 0 as fast as it goes (default '100000 0', with -short 40000)")
 	flag.StringVar(&o.snilb, "snilb", "./snilb", "the snilb to measure, and whose load tool to use")
-	flag.StringVar(&o.out, "out", "scripts/bench/results", "folder of the results; with -short none are written")
+	flag.StringVar(&o.out, "out", "scripts/bench/results", "folder of the results, with -flood those of floods; with -short none are written")
 	flag.StringVar(&o.from, "from", "", "measure nothing, but report what this results.json holds")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -86,7 +89,7 @@ func run(ctx context.Context, o options) error {
 	if !o.readme {
 		return nil
 	}
-	return r.intoReadme("README.md", filepath.ToSlash(o.out))
+	return intoReadme("README.md", o.out, filepath.ToSlash(o.out))
 }
 
 // settings are those of the flags.
@@ -95,14 +98,24 @@ func (o options) settings() (settings, error) {
 	if o.short {
 		set = short
 	}
+	if o.flood {
+		set.Rounds = 1 // each contender works in many floods
+	}
 	if o.rounds > 0 {
 		set.Rounds = o.rounds
 	}
 	if o.rate > 0 {
 		set.ConnectionRate = o.rate
 	}
-	if o.floodRate > 0 {
-		set.FloodRate = o.floodRate
+	if given := list(o.floodRates); len(given) > 0 {
+		set.Flood.Rates = nil
+		for _, text := range given {
+			rate, err := strconv.ParseFloat(text, 64)
+			if err != nil || rate < 0 {
+				return set, fmt.Errorf("-flood-rates %s: packets a second, 0 as fast as it goes", text)
+			}
+			set.Flood.Rates = append(set.Flood.Rates, rate)
+		}
 	}
 	set.Generator = o.generator
 	if set.Generator != sockets && set.Generator != packets {
@@ -113,23 +126,26 @@ func (o options) settings() (settings, error) {
 
 // chosen are the contenders of the flags.
 func (o options) chosen(snilb string) ([]contender, error) {
-	list, err := contenders(snilb, strings.Fields(strings.ReplaceAll(o.modes, ",", " ")))
+	all, err := contenders(snilb, list(o.modes))
 	if err != nil {
 		return nil, err
 	}
-	if only := strings.Fields(strings.ReplaceAll(o.only, ",", " ")); len(only) > 0 {
+	if only := list(o.only); len(only) > 0 {
 		for _, name := range only {
-			if !slices.ContainsFunc(list, func(c contender) bool { return c.Name == name }) {
+			if !slices.ContainsFunc(all, func(c contender) bool { return c.Name == name }) {
 				return nil, fmt.Errorf("-only %s: there is no such contender", name)
 			}
 		}
-		list = slices.DeleteFunc(list, func(c contender) bool { return c.Name != floor && !slices.Contains(only, c.Name) })
+		all = slices.DeleteFunc(all, func(c contender) bool { return c.Name != floor && !slices.Contains(only, c.Name) })
 	}
-	for _, c := range list {
+	for _, c := range all {
 		err = errors.Join(err, c.installed())
 	}
-	return list, err
+	return all, err
 }
+
+// list takes words with spaces or commas between them.
+func list(text string) []string { return strings.Fields(strings.ReplaceAll(text, ",", " ")) }
 
 func measure(ctx context.Context, o options) (*results, error) {
 	set, err := o.settings()
@@ -140,7 +156,7 @@ func measure(ctx context.Context, o options) (*results, error) {
 	if err != nil {
 		return nil, err
 	}
-	list, err := o.chosen(snilb)
+	chosen, err := o.chosen(snilb)
 	if err != nil {
 		return nil, err
 	}
@@ -163,11 +179,11 @@ func measure(ctx context.Context, o options) (*results, error) {
 	if m.IdleBusy > 0.03 {
 		progress("that is much: the figures will be too")
 	}
-	r := &results{Command: command(os.Args[1:]), Machine: m, Settings: set}
-	for _, c := range list {
+	r := &results{Command: command(os.Args[1:]), Machine: m, Settings: set, Flood: o.flood}
+	for _, c := range chosen {
 		r.Contenders = append(r.Contenders, entrant{c.Name, c.Title, c.ByName, c.says()})
 	}
-	t := &tournament{results: r, list: list, snilb: snilb, short: o.short}
+	t := &tournament{results: r, list: chosen, snilb: snilb, short: o.short, flood: o.flood}
 	return r, t.run(ctx)
 }
 
@@ -207,11 +223,12 @@ type tournament struct {
 	list    []contender
 	snilb   string
 	short   bool // speed does not matter
+	flood   bool
 }
 
 func (t *tournament) run(ctx context.Context) error {
 	began, set := time.Now(), &t.results.Settings
-	if set.ConnectionRate == 0 || set.RequestRate == 0 {
+	if !t.flood && (set.ConnectionRate == 0 || set.RequestRate == 0) {
 		if err := t.chooseRates(ctx); err != nil {
 			return err
 		}
@@ -233,28 +250,50 @@ func (t *tournament) run(ctx context.Context) error {
 
 // turn measures one contender in one round. What goes wrong is noted: it must not cost the others their figures.
 func (t *tournament) turn(ctx context.Context, round int, c contender) error {
-	err := t.with(ctx, c, func(s *site) error {
-		rec, err := s.all(ctx)
-		if err != nil {
-			return err
-		}
+	play := t.all
+	if t.flood {
+		play = t.floods
+	}
+	rec, err := play(ctx, c)
+	if err == nil {
 		rec.Round = round
 		rec.trim()
 		t.results.Records = append(t.results.Records, rec)
-		progress("round %d, %-12s %5.0f connections/s, %.0f µs CPU at %.0f/s; %.2f GB/s; %6.0f requests/s; %.0f %% served in the flood",
-			round, c.Name, rec.Connections.Rate, rec.connectionCPU()*1e6, t.results.Settings.ConnectionRate,
-			gigabytes(rec.Bulk)/rec.Bulk.Seconds, rec.Requests.Rate, rec.Flooded.served())
-		if err := rec.whole(); err != nil || t.short {
-			return err
+		progress("round %d, %-12s %s", round, c.Name, t.results.says(&rec))
+		err = errors.Join(rec.whole(), rec.stood(t.short))
+		if !t.short {
+			err = errors.Join(err, rec.keptUp())
 		}
-		return rec.keptUp()
-	})
+	}
 	if err == nil || ctx.Err() != nil {
 		return ctx.Err()
 	}
 	progress("%v", err)
 	t.results.Incomplete = append(t.results.Incomplete, incident{round, err.Error()})
 	return nil
+}
+
+// all measures a contender in all but floods.
+func (t *tournament) all(ctx context.Context, c contender) (r record, err error) {
+	err = t.with(ctx, c, func(s *site) error {
+		r, err = s.all(ctx)
+		return err
+	})
+	return r, err
+}
+
+// says is a record in a line.
+func (r *results) says(rec *record) string {
+	if rec.Calm != nil {
+		text := fmt.Sprintf("%.1f %% served", rec.Calm.served())
+		for i := range rec.Floods {
+			f := &rec.Floods[i]
+			text += fmt.Sprintf("; %s %.0fk/s: %.1f %%", f.Kind, f.Arrived/1e3, f.Clients.served())
+		}
+		return text
+	}
+	return fmt.Sprintf("%5.0f connections/s, %.0f µs CPU at %.0f/s; %.2f GB/s; %6.0f requests/s", rec.Connections.Rate,
+		rec.connectionCPU()*1e6, r.Settings.ConnectionRate, gigabytes(rec.Bulk)/rec.Bulk.Seconds, rec.Requests.Rate)
 }
 
 // with runs do in a new site, and then waits until what the kernel takes down behind our back is down.
@@ -319,7 +358,14 @@ func (t *tournament) chooseRates(ctx context.Context) error {
 
 // trim drops what no report uses: it would be most of the file.
 func (r *record) trim() {
-	for _, p := range []*phase{r.Bulk, r.Requests, r.RequestsAt, r.Connections, r.ConnectionsAt, r.Calm, r.Flooded, r.Flood} {
+	phases := []*phase{r.Bulk, r.Requests, r.RequestsAt, r.Connections, r.ConnectionsAt, r.Calm}
+	for i := range r.Floods {
+		phases = append(phases, r.Floods[i].Clients, r.Floods[i].Flood)
+	}
+	for _, p := range phases {
+		if p == nil {
+			continue
+		}
 		p.Every = nil
 		if p != r.ConnectionsAt {
 			p.Curve = nil

@@ -22,18 +22,14 @@ type settings struct {
 	RequestRate    float64       `json:"requests_per_second"`
 	Warmup         time.Duration `json:"warmup_ns"`
 	Duration       time.Duration `json:"duration_ns"`
-	// Patience is what a client waits for a connection or an answer. FloodPatience, in a flood, is less than a measurement
-	// takes, or none would be seen to fail.
-	Patience      time.Duration `json:"patience_ns"`
-	FloodPatience time.Duration `json:"flood_patience_ns"`
-	BulkBytes     int64         `json:"bulk_bytes"`
-	RequestBytes  int64         `json:"request_bytes"`
-	IdleConns     int           `json:"idle_connections"`
-	IdleSettle    time.Duration `json:"idle_settle_ns"`
-	CalmRate      float64       `json:"flood_clients_per_second"`
-	FloodRate     float64       `json:"flood_syns_per_second"`
-	FloodLead     time.Duration `json:"flood_lead_ns"`
-	Generator     string        `json:"generator"`
+	// Patience is what a client waits for a connection or an answer.
+	Patience     time.Duration `json:"patience_ns"`
+	BulkBytes    int64         `json:"bulk_bytes"`
+	RequestBytes int64         `json:"request_bytes"`
+	IdleConns    int           `json:"idle_connections"`
+	IdleSettle   time.Duration `json:"idle_settle_ns"`
+	Generator    string        `json:"generator"`
+	Flood        floodSettings `json:"flood"`
 
 	files int // that a process may open
 }
@@ -45,14 +41,20 @@ const sockets, packets = "sockets", "packets"
 var (
 	full = settings{
 		Rounds: 5, Concurrency: 256, Warmup: 500 * time.Millisecond, Duration: 2500 * time.Millisecond,
-		Patience: 3 * time.Second, FloodPatience: time.Second, BulkBytes: 2 << 30, RequestBytes: 1000,
-		IdleConns: 10000, IdleSettle: time.Second, CalmRate: 200, FloodRate: 60000, FloodLead: 5 * time.Second, Generator: sockets,
+		Patience: 3 * time.Second, BulkBytes: 2 << 30, RequestBytes: 1000, IdleConns: 10000, IdleSettle: time.Second, Generator: sockets,
+		Flood: floodSettings{
+			Kinds: bench.FloodKinds, Rates: []float64{100_000, 0}, Clients: 500, Patience: time.Second,
+			Lead: 1500 * time.Millisecond, Rest: time.Second,
+		},
 	}
 	short = settings{
 		Rounds: 1, Concurrency: 128, ConnectionRate: 200, RequestRate: 500, Warmup: 100 * time.Millisecond, Duration: 500 * time.Millisecond,
-		Patience: 10 * time.Second, FloodPatience: 10 * time.Second, // nobody need hurry
-		BulkBytes: 64 << 20, RequestBytes: 1000, IdleConns: 300, IdleSettle: 200 * time.Millisecond,
-		CalmRate: 50, FloodRate: 2000, FloodLead: 200 * time.Millisecond, Generator: sockets,
+		Patience:  10 * time.Second, // nobody need hurry
+		BulkBytes: 64 << 20, RequestBytes: 1000, IdleConns: 300, IdleSettle: 200 * time.Millisecond, Generator: sockets,
+		Flood: floodSettings{
+			Kinds: bench.FloodKinds, Rates: []float64{40_000}, Clients: 50, Patience: 10 * time.Second,
+			Lead: 200 * time.Millisecond, Rest: 200 * time.Millisecond,
+		},
 	}
 )
 
@@ -67,16 +69,16 @@ type record struct {
 	Round     int    `json:"round"`
 	Contender string `json:"contender"`
 
-	Idle          idle   `json:"idle"`
-	Bulk          *phase `json:"bulk"`
-	Requests      *phase `json:"requests"`       // as fast as it goes
-	RequestsAt    *phase `json:"requests_at"`    // at the fixed rate
-	Connections   *phase `json:"connections"`    // as fast as it goes
-	ConnectionsAt *phase `json:"connections_at"` // at the fixed rate
-	Calm          *phase `json:"calm"`           // few clients, no flood
-	Flooded       *phase `json:"flooded"`        // as many clients in a flood
-	Flood         *phase `json:"flood"`          // the flood itself
-	FloodKernel   int64  `json:"flood_kernel"`   // bytes by which the kernel grew in it
+	Idle          idle   `json:"idle,omitzero"`
+	Bulk          *phase `json:"bulk,omitempty"`
+	Requests      *phase `json:"requests,omitempty"`       // as fast as it goes
+	RequestsAt    *phase `json:"requests_at,omitempty"`    // at the fixed rate
+	Connections   *phase `json:"connections,omitempty"`    // as fast as it goes
+	ConnectionsAt *phase `json:"connections_at,omitempty"` // at the fixed rate
+
+	// Of a run with -flood, which has nothing of the above.
+	Calm   *phase    `json:"calm,omitempty"` // few clients, no flood
+	Floods []flooded `json:"floods,omitempty"`
 }
 
 // idle is memory before the contender was started, when it was, and with idle connections.
@@ -89,8 +91,7 @@ type idle struct {
 	Grown       map[string]int64 `json:"grown"`  // the slab caches that grew most
 }
 
-// all measures a contender in a fresh site. Memory comes first, while no slab is half empty from what was before; the flood
-// comes last.
+// all measures a contender in a fresh site. Memory comes first, while no slab is half empty from what was before.
 func (s *site) all(ctx context.Context) (r record, err error) {
 	r.Contender = s.c.Name
 	set := s.set
@@ -108,11 +109,6 @@ func (s *site) all(ctx context.Context) (r record, err error) {
 			r.ConnectionsAt, err = s.connections(ctx, set.ConnectionRate, set.Duration, set.Patience)
 			return err
 		}},
-		{"connections without a flood", func() error {
-			r.Calm, err = s.connections(ctx, set.CalmRate, set.Duration, set.FloodPatience)
-			return err
-		}},
-		{"flood", func() error { return s.flood(ctx, &r) }},
 	}
 	for _, step := range steps {
 		if err := step.do(); err != nil {
@@ -208,41 +204,8 @@ func (s *site) idle(ctx context.Context) (i idle, err error) {
 	return i, err
 }
 
-// flood looks at a few clients while SYNs come that nobody will complete.
-func (s *site) flood(ctx context.Context, r *record) error {
-	before, err := s.memory()
-	if err != nil {
-		return err
-	}
-	set := s.set
-	total := set.FloodLead + set.Warmup + set.Duration + 500*time.Millisecond
-	cmd := s.tool(ctx, "flood", "--interface", "eth0", "--sources", floodSources.String(), "--kind", "syn",
-		"--rate", fmt.Sprint(set.FloodRate), "--duration", total.String())
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	p, err := startProcess("snilb bench flood", cmd)
-	if err != nil {
-		return err
-	}
-	select {
-	case <-ctx.Done():
-	case <-time.After(set.FloodLead):
-	}
-	if r.Flooded, err = s.connections(ctx, set.CalmRate, set.Duration, set.FloodPatience); err != nil {
-		return errors.Join(err, p.kill())
-	}
-	after, err := s.memory()
-	if err != nil {
-		return errors.Join(err, p.kill())
-	}
-	r.FloodKernel = after.taken(before)
-	<-p.exited
-	r.Flood, err = readPhase("flood", out.Bytes(), p.said.String(), p.err)
-	return err
-}
-
-// whole says what failed in a round, other than in the flood, where failing is a result. Attempts that the end of a run
-// cut short are no failures.
+// whole says what failed in a round, other than in a flood, where failing is a result. Attempts that the end of a run cut
+// short are no failures.
 func (r *record) whole() error {
 	var errs []error
 	for _, p := range []struct {
@@ -252,6 +215,9 @@ func (r *record) whole() error {
 		{"requests", r.Requests}, {"requests at a fixed rate", r.RequestsAt}, {"connections", r.Connections},
 		{"connections at a fixed rate", r.ConnectionsAt}, {"connections without a flood", r.Calm},
 	} {
+		if p.phase == nil {
+			continue
+		}
 		if err := complete(p.Result); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %s: %w", r.Contender, p.what, err))
 		}
@@ -263,7 +229,7 @@ func (r *record) whole() error {
 func (r *record) keptUp() error {
 	var errs []error
 	for what, p := range map[string]*phase{"requests": r.RequestsAt, "connections": r.ConnectionsAt} {
-		if p.Rate < 0.97*p.Offered {
+		if p != nil && p.Rate < 0.97*p.Offered {
 			errs = append(errs, fmt.Errorf("%s: %.0f %s a second of %.0f", r.Contender, p.Rate, what, p.Offered))
 		}
 	}

@@ -22,6 +22,7 @@ const (
 	connectionPlot = "connection-cpu.svg"
 	bulkPlot       = "bulk-cpu.svg"
 	latencyPlot    = "latency.svg"
+	floodPlot      = "flood.svg"
 )
 
 const plotWidth, plotHeight = 17 * vg.Centimeter, 10 * vg.Centimeter
@@ -31,6 +32,14 @@ func (r *results) plots(dir string) error {
 		r.bars(filepath.Join(dir, connectionPlot), "CPU added per connection, µs", connectionMetrics[0]),
 		r.bars(filepath.Join(dir, bulkPlot), "CPU added per GB of a download, s", bulkMetrics[1]),
 		r.curves(filepath.Join(dir, latencyPlot)))
+}
+
+// floodPlots is one, of the last rate.
+func (r *results) floodPlots(dir string) error {
+	rates := r.Settings.Flood.Rates
+	last := rates[len(rates)-1]
+	return r.bars(filepath.Join(dir, floodPlot), "p99 of clients in the worst flood ("+rateTitle(last)+"), ms",
+		metric{of: whole(func(r *record) float64 { return worst(r, last, (*flooded).p99) })})
 }
 
 // bars draws a metric's medians, one bar a contender, and the spread as whiskers.

@@ -44,14 +44,6 @@ var (
 		{"kernel at start, MB", "%.1f", whole(func(r *record) float64 { return float64(r.Idle.Started.kernel()-r.Idle.Before.kernel()) / 1e6 })},
 		{"processes at start, MB", "%.1f", whole(func(r *record) float64 { return float64(r.Idle.Started.Daemon) / 1e6 })},
 	}
-	floodMetrics = []metric{
-		{"served without, %", "%.1f", served(func(r *record) *phase { return r.Calm })},
-		{"served in it, %", "%.1f", served(func(r *record) *phase { return r.Flooded })},
-		{"p99 without, ms", "%.2f", latency(func(r *record) *phase { return r.Calm }, 99)},
-		{"p99 in it, ms", "%.2f", latency(func(r *record) *phase { return r.Flooded }, 99)},
-		{"kernel memory taken, MB", "%.1f", whole(func(r *record) float64 { return float64(r.FloodKernel) / 1e6 })},
-		{"SYNs a second", "%.0f", whole(func(r *record) float64 { return float64(r.Flood.Attempts) / r.Flood.Seconds })},
-	}
 	// keyMetrics are those of the README.
 	keyMetrics = []metric{
 		named("CPU added per connection, µs", connectionMetrics[0]), named("per GB, s", bulkMetrics[1]),
@@ -60,7 +52,12 @@ var (
 		{"bytes per idle connection", "%.0f", func(r, plain *record) (float64, bool) {
 			return r.idleKernel() - plain.idleKernel() + r.idleDaemon(), r.Contender != floor
 		}},
-		named("served in a SYN flood, %", floodMetrics[1]),
+	}
+	calmMetrics = []metric{
+		{"served, %", "%.1f", whole(func(r *record) float64 { return r.Calm.served() })},
+		{"p50, ms", "%.2f", latency(func(r *record) *phase { return r.Calm }, 50)},
+		{"p99, ms", "%.2f", latency(func(r *record) *phase { return r.Calm }, 99)},
+		{"CPUs at work", "%.2f", whole(func(r *record) float64 { return r.Calm.cpus() })},
 	}
 )
 
@@ -93,14 +90,78 @@ func latency(of func(*record) *phase, percentile int) func(r, plain *record) (fl
 	}
 }
 
-func served(of func(*record) *phase) func(r, plain *record) (float64, bool) {
-	return whole(func(r *record) float64 { return of(r).served() })
+// keyFloodMetrics are the figures of floods in the README: of all kinds of a rate the worst.
+func (r *results) keyFloodMetrics() []metric {
+	metrics := []metric{named("p99 without a flood, ms", calmMetrics[2])}
+	for _, rate := range r.Settings.Flood.Rates {
+		of := func(f func(*flooded) float64) func(r, plain *record) (float64, bool) {
+			return whole(func(r *record) float64 { return worst(r, rate, f) })
+		}
+		title := rateTitle(rate)
+		metrics = append(metrics,
+			metric{title + ": fewest packets a second", "%.0f", of(func(f *flooded) float64 { return -f.Arrived })},
+			metric{"served, %", "%.1f", of(func(f *flooded) float64 { return -f.Clients.served() })},
+			metric{"p99, ms", "%.2f", of((*flooded).p99)},
+			metric{"kernel memory, MB", "%.1f", of(func(f *flooded) float64 { return float64(f.Most) / 1e6 })})
+	}
+	return metrics
+}
+
+// worst is the largest figure of the floods of a rate. One that is negative says that the smallest is the worst.
+func worst(r *record, rate float64, of func(*flooded) float64) float64 {
+	most := math.Inf(-1)
+	for i := range r.Floods {
+		if f := &r.Floods[i]; f.Offered == rate {
+			most = max(most, of(f))
+		}
+	}
+	return math.Abs(most)
+}
+
+// p99 is that of the clients in ms; infinite, which is no figure, where none was served.
+func (f *flooded) p99() float64 {
+	if f.Clients.Latency == nil {
+		return math.Inf(1)
+	}
+	return f.Clients.Latency.P99 / 1e3
+}
+
+// floodMetrics are the figures of one of the floods.
+func floodMetrics(i int) []metric {
+	of := func(f func(*flooded) float64) func(r, plain *record) (float64, bool) {
+		return whole(func(r *record) float64 { return f(&r.Floods[i]) })
+	}
+	ours := func(f func(*floodState) int) func(r, plain *record) (float64, bool) {
+		return func(r, _ *record) (float64, bool) {
+			if s := r.Floods[i].Snilb; s != nil {
+				return float64(f(s)), true
+			}
+			return 0, false
+		}
+	}
+	clients := func(r *record) *phase { return r.Floods[i].Clients }
+	return []metric{
+		{"packets a second", "%.0f", of(func(f *flooded) float64 { return f.Arrived })},
+		{"served, %", "%.1f", whole(func(r *record) float64 { return clients(r).served() })},
+		{"p50, ms", "%.2f", latency(clients, 50)},
+		{"p99, ms", "%.2f", latency(clients, 99)},
+		{"CPUs at work", "%.2f", whole(func(r *record) float64 { return clients(r).cpus() })},
+		{"kernel memory, MB", "%.1f", of(func(f *flooded) float64 { return float64(f.Most) / 1e6 })},
+		{"after it", "%.1f", of(func(f *flooded) float64 { return float64(f.Left) / 1e6 })},
+		{"conntrack", "%.0f", of(func(f *flooded) float64 { return float64(f.Conntrack) })},
+		{"half open", "%.0f", of(func(f *flooded) float64 { return float64(f.HalfOpen) })},
+		{"flows of it", "%.0f", ours(func(s *floodState) int { return s.Flows })},
+		{"guessed cookies", "%.0f", ours(func(s *floodState) int { return s.Guessed })},
+	}
 }
 
 // served is the share of the attempts that succeeded, in percent. Those that the end of the run cut short do not count.
 func (p *phase) served() float64 {
 	return 100 * float64(p.Successes) / float64(max(p.Successes+p.Failed(), 1))
 }
+
+// cpus is how many CPUs of the machine worked.
+func (p *phase) cpus() float64 { return p.Busy / p.Seconds }
 
 func gigabytes(p *phase) float64 { return float64(p.Bytes) / 1e9 }
 

@@ -254,14 +254,39 @@ func TestBenchPacketsRefused(t *testing.T) {
 	}))
 }
 
-// TestBenchFlood counts what arrives of a flood, and that snilb keeps nothing of it.
+// A cookie is guessed once in some million packets: a few may be, all are a fault.
+const luckyGuesses = 2
+
+// keptNothing looks at what snilb holds and has taken for hellos since before, of clients that never shook hands. seen is how
+// many packets of them it has to have counted.
+func (d *daemon) keptNothing(kind string, before counters, seen uint64) {
+	d.t.Helper()
+	now := d.counters()
+	grown := func(names ...string) (n uint64) {
+		for _, name := range names {
+			n += now.packets(name) - before.packets(name)
+		}
+		return n
+	}
+	if n := grown("answer/syn", "engine/unknown_flow", "drop/unknown_flow", "drop/unknown_flow_limited"); n < seen {
+		d.t.Errorf("%s: %d packets were answered, refused or dropped of %d", kind, n, seen)
+	}
+	if n := grown("engine/hello"); n > luckyGuesses {
+		d.t.Errorf("%s: %d packets were taken for hellos", kind, n)
+	}
+	if e := now.Engine; e.Flows > 0 || e.HalfOpen > luckyGuesses || e.HelloBytes > 1000*luckyGuesses {
+		d.t.Errorf("%s: %d flows, %d half open, %d bytes of hellos", kind, e.Flows, e.HalfOpen, e.HelloBytes)
+	}
+}
+
+// TestBenchFlood counts what arrives of a flood, and that snilb keeps nothing of it: no flow, and nothing in the engine.
 func TestBenchFlood(t *testing.T) {
 	bed := newBed(t, testbed.Options{})
 	routePacketSources(t, bed)
 	d := attach(t, bed, siteRoutes(bed))
 	eachLine(t, func(t *testing.T, v6, xdp bool) {
 		for _, kind := range bench.FloodKinds {
-			before := received(t, bed.LB, "eth0")
+			before, counted := received(t, bed.LB, "eth0"), d.counters()
 			o := bench.FloodOptions{
 				Target: vip(bed, v6), Interface: "eth0", Sources: packetSources[v6], Kind: kind, Rate: 5000,
 				Duration: 500 * time.Millisecond, XDP: xdp,
@@ -275,6 +300,7 @@ func TestBenchFlood(t *testing.T) {
 			if r.Attempts < 2000 || r.Attempts > 2600 || arrived < r.Attempts*95/100 {
 				t.Errorf("%s: %d sent, %d arrived, want 2500", kind, r.Attempts, arrived)
 			}
+			d.keptNothing(kind, counted, r.Attempts*95/100)
 		}
 		d.noFlows(10 * time.Second)
 	})

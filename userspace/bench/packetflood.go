@@ -21,7 +21,7 @@ type FloodOptions struct {
 	Interface string
 	Sources   netip.Prefix // as in PacketOptions; addresses and ports are drawn from it at random
 	// Kind is what they are: "syn", "ack" (an acknowledgment of a SYN-ACK that never was, as one who guesses cookies sends) or
-	// "data" (the same with a payload that looks like the begin of a hello).
+	// "data" (the same with a payload that looks like the begin of a hello), or "mixed": these in turn.
 	Kind     string
 	Rate     float64 // packets a second; 0: as fast as it goes
 	Duration time.Duration
@@ -30,7 +30,7 @@ type FloodOptions struct {
 }
 
 // FloodKinds are the kinds.
-var FloodKinds = []string{"syn", "ack", "data"}
+var FloodKinds = []string{"syn", "ack", "data", "mixed"}
 
 // Flood sends packets and looks at no answer, nor does this host's kernel. Attempts in the result are packets sent.
 func Flood(ctx context.Context, o FloodOptions) (*Result, error) {
@@ -38,7 +38,7 @@ func Flood(ctx context.Context, o FloodOptions) (*Result, error) {
 	if !o.Target.IsValid() || o.Target.Port() == 0 || o.Duration <= 0 || o.Rate < 0 {
 		return nil, errors.New("a flood needs a target, a duration and no rate below 0")
 	}
-	shape, ok := floodShapes[o.Kind]
+	shapes, ok := floodShapes[o.Kind]
 	if !ok {
 		return nil, fmt.Errorf("no flood of kind %q: one of %v", o.Kind, FloodKinds)
 	}
@@ -48,7 +48,7 @@ func Flood(ctx context.Context, o FloodOptions) (*Result, error) {
 	}
 	defer way.close()
 	rec, clock := newRecorder(), newClock()
-	f := &flood{way: way, target: o.Target, rate: o.Rate, shape: shape, tally: rec.part(0)}
+	f := &flood{way: way, target: o.Target, rate: o.Rate, shapes: shapes, tally: rec.part(0)}
 	return measure(ctx, rec, 0, o.Duration, o.Progress,
 		func(stop *atomic.Bool) error { return f.run(clock, stop) },
 		func() *Result {
@@ -58,14 +58,19 @@ func Flood(ctx context.Context, o FloodOptions) (*Result, error) {
 		})
 }
 
-// floodShapes are the packets, before numbers and addresses are drawn.
-var floodShapes = map[string]packet.Segment{
-	"syn": {Flags: packet.SYN, Window: fullWindow, Options: packet.Options{
+// The packets, before numbers and addresses are drawn.
+var (
+	floodSYN = packet.Segment{Flags: packet.SYN, Window: fullWindow, Options: packet.Options{
 		MSS: 1460, SACKPermitted: true, HasTimestamps: true, HasWScale: true, WScale: windowScale,
-	}},
-	"ack": {Flags: packet.ACK, Window: fullWindow >> windowScale, Options: packet.Options{HasTimestamps: true}},
-	"data": {Flags: packet.ACK | packet.PSH, Window: fullWindow >> windowScale, Options: packet.Options{HasTimestamps: true},
-		Payload: []byte{22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3}},
+	}}
+	floodACK  = packet.Segment{Flags: packet.ACK, Window: fullWindow >> windowScale, Options: packet.Options{HasTimestamps: true}}
+	floodData = packet.Segment{Flags: packet.ACK | packet.PSH, Window: fullWindow >> windowScale,
+		Options: packet.Options{HasTimestamps: true}, Payload: []byte{22, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3}}
+)
+
+// floodShapes are those of a kind, sent in turn.
+var floodShapes = map[string][]packet.Segment{
+	"syn": {floodSYN}, "ack": {floodACK}, "data": {floodData}, "mixed": {floodSYN, floodACK, floodData},
 }
 
 // floodTurn is how many packets are sent at once.
@@ -75,7 +80,8 @@ type flood struct {
 	way    *way
 	target netip.AddrPort
 	rate   float64
-	shape  packet.Segment
+	shapes []packet.Segment
+	next   int // of the shapes
 	tally  *tally
 }
 
@@ -109,7 +115,8 @@ func (f *flood) run(clock clock, stop *atomic.Bool) error {
 }
 
 func (f *flood) one(random *rand.Rand, now int64) {
-	s := f.shape
+	s := f.shapes[f.next%len(f.shapes)]
+	f.next++
 	s.Src, s.Dst = f.way.sources.pair(uint32(random.Uint64N(f.way.sources.total()))), f.target
 	s.Seq, s.Options.TSVal = random.Uint32(), clockMillis(now)
 	if s.Has(packet.ACK) {

@@ -22,12 +22,7 @@ func (e *Engine) beat() error {
 	if e.silent.Load() {
 		live.Beat = 0
 	}
-	slot := uint64(wall) / maps.CookieSlotNanoseconds
-	// Two slots back are accepted, and the next one may begin before the next
-	// beat.
-	for s := slot - 2; s <= slot+1; s++ {
-		live.Keys[s&3] = e.cookieKey(s)
-	}
+	live.Keys = e.cookieKeys(uint64(wall) / maps.CookieSlotNanoseconds)
 	mss4, mss6 := e.o.MSS()
 	say := e.peers.announcement(e.plan.Load().pools, mss4, mss6)
 	live.Mss4, live.Mss6, live.Flags = say.mss4, say.mss6, say.flags
@@ -38,6 +33,16 @@ func (e *Engine) beat() error {
 		live.Flags |= maps.LiveSockets
 	}
 	return e.o.Tables.SetLive(&live)
+}
+
+// cookieKeys are those of the slots around one, each where its slot's low bits
+// say. Two slots back are accepted, and the next one may begin before the next
+// beat.
+func (e *Engine) cookieKeys(slot uint64) (keys [4]maps.CookieKey) {
+	for s := slot - 2; s <= slot+1; s++ {
+		keys[s&3] = e.cookieKey(s)
+	}
+	return keys
 }
 
 func (e *Engine) cookieKey(slot uint64) maps.CookieKey {

@@ -68,6 +68,29 @@ func TestCookieOptions(t *testing.T) {
 	}
 }
 
+// Each slot has a key of its own, that nobody without the master knows; a slot
+// that ends takes the key away that is no longer accepted, and no other.
+func TestCookieKeysRotate(t *testing.T) {
+	e, other := &Engine{master: [32]byte{1}}, &Engine{master: [32]byte{2}}
+	seen := make(map[maps.CookieKey]uint64)
+	for slot := uint64(1000); slot < 1100; slot++ {
+		keys, next := e.cookieKeys(slot), e.cookieKeys(slot+1)
+		for s := slot - 2; s <= slot+1; s++ {
+			k := keys[s&3]
+			if of, ok := seen[k]; ok && of != s {
+				t.Fatalf("slots %d and %d have the same key", of, s)
+			}
+			seen[k] = s
+			if k == other.cookieKeys(slot)[s&3] {
+				t.Errorf("slot %d: the key does not depend on the master", s)
+			}
+			if kept := k == next[s&3]; kept != (s > slot-2) {
+				t.Errorf("when slot %d ends, the key of slot %d is kept: %t", slot, s, kept)
+			}
+		}
+	}
+}
+
 func TestShifts(t *testing.T) {
 	scale := func(n int) packet.Options {
 		if n < 0 {
