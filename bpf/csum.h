@@ -30,6 +30,12 @@ static __always_inline void csum_put32(__u64 *sum, __be32 *at, __be32 value)
 	*at = value;
 }
 
+/* The same for a number that grows. */
+static __always_inline void csum_add32(__u64 *sum, __be32 *at, __u32 delta)
+{
+	csum_put32(sum, at, bpf_htonl(bpf_ntohl(*at) + delta));
+}
+
 static __always_inline __u32 csum_fold64(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);

@@ -15,6 +15,7 @@
 #define TCPOPT_TIMESTAMP      8
 #define TCPOPT_MAX	      40
 #define NOP_NOP_TIMESTAMP     0x0101080a
+#define NOP_NOP_SACK	      0x01010500 /* and the length */
 
 /* The options of one packet, copied out: 64 bytes let an index be masked. */
 struct options {
@@ -108,28 +109,48 @@ static __always_inline int flow_shift(const struct flow *flow)
 	return (int)(flow->control >> FLOW_SHIFT_POS & FLOW_SHIFT_MASK) - FLOW_SHIFT_BIAS;
 }
 
-/* Ports, numbers, window; and timestamps where they stand alone in the layout
- * that nearly every packet has. Returns whether options are left to translate.
+/* Whether the options are the timestamp alone, or SACK blocks behind it, in the layout
+ * that nearly every packet has. Word 5 is the first of them.
+ */
+static __always_inline bool options_are_usual(const __be32 *word, void *data_end, __u32 header)
+{
+	if ((void *)(word + 8) > data_end || word[5] != bpf_htonl(NOP_NOP_TIMESTAMP))
+		return false;
+	if (header == 32)
+		return true;
+	return header > 36 && header % 8 == 4 && (void *)(word + 9) <= data_end &&
+	       word[8] == bpf_htonl(NOP_NOP_SACK | (header - 34));
+}
+
+/* Translates them where they lie. */
+static __always_inline void rewrite_usual_options(void *data_end, __be32 *word,
+						  const struct packet *pkt, const struct flow *flow,
+						  __u64 *sum)
+{
+	csum_add32(sum, &word[6], flow->tsval);
+	if (pkt->flags & TCP_ACK)
+		csum_add32(sum, &word[7], flow->tsecr);
+	for (__u32 edge = 9; edge < TCP_HEADER_MAX / 4; edge++) {
+		if (edge * 4 >= pkt->header || (void *)(word + edge + 1) > data_end)
+			break;
+		csum_add32(sum, &word[edge], flow->ack);
+	}
+}
+
+/* Ports, numbers, window, and options of the usual layout. Returns whether options are
+ * left to translate.
  */
 static __always_inline bool rewrite_tcp(void *data_end, struct tcphdr *tcp,
 					const struct packet *pkt, const struct flow *flow,
 					struct csum_change *sum)
 {
 	__be32 *word = (__be32 *)tcp;
-	__be32 seq = bpf_htonl(pkt->seq + flow->seq);
 	int shift = flow_shift(flow);
 
-	csum_change32(&sum->tcp, word[0], flow->sport | (__u32)flow->dport << 16);
-	tcp->source = flow->sport;
-	tcp->dest = flow->dport;
-	csum_change32(&sum->tcp, tcp->seq, seq);
-	tcp->seq = seq;
-	if (pkt->flags & TCP_ACK) {
-		__be32 ack = bpf_htonl(pkt->ack + flow->ack);
-
-		csum_change32(&sum->tcp, tcp->ack_seq, ack);
-		tcp->ack_seq = ack;
-	}
+	csum_put32(&sum->tcp, &word[0], flow->sport | (__u32)flow->dport << 16);
+	csum_put32(&sum->tcp, &word[1], bpf_htonl(pkt->seq + flow->seq));
+	if (pkt->flags & TCP_ACK)
+		csum_put32(&sum->tcp, &word[2], bpf_htonl(pkt->ack + flow->ack));
 	if (shift && !(pkt->flags & TCP_SYN)) {
 		__be16 window = bpf_htons(rewrite_window(bpf_ntohs(tcp->window), shift));
 
@@ -138,21 +159,10 @@ static __always_inline bool rewrite_tcp(void *data_end, struct tcphdr *tcp,
 	}
 	if (pkt->header == sizeof(*tcp))
 		return false;
-	if (pkt->header == 32 && (void *)(word + 8) <= data_end &&
-	    word[5] == bpf_htonl(NOP_NOP_TIMESTAMP)) {
-		__be32 tsval = bpf_htonl(bpf_ntohl(word[6]) + flow->tsval);
-
-		csum_change32(&sum->tcp, word[6], tsval);
-		word[6] = tsval;
-		if (pkt->flags & TCP_ACK) {
-			__be32 tsecr = bpf_htonl(bpf_ntohl(word[7]) + flow->tsecr);
-
-			csum_change32(&sum->tcp, word[7], tsecr);
-			word[7] = tsecr;
-		}
-		return false;
-	}
-	return true;
+	if (!options_are_usual(word, data_end, pkt->header))
+		return true;
+	rewrite_usual_options(data_end, word, pkt, flow, &sum->tcp);
+	return false;
 }
 
 static __always_inline void rewrite_ip4(struct iphdr *ip, const struct flow4 *flow,
