@@ -129,7 +129,9 @@ type settings struct {
 	ringSize   int
 	ringBusy   uint64
 	noCsumIPv6 bool // as on a kernel without BPF_F_IPV6
-	xdp        bool // the XDP object
+	xdp        bool // the XDP object, whose program stands for both of TC's
+	// Of XDP only.
+	redirectBack, backendsOnly bool
 }
 
 // rig is the programs, loaded, with their tables, and a clock that stands in the
@@ -202,6 +204,8 @@ func (s settings) variables() map[string]any {
 		VarDeadAfter:       uint64(aliveFor),
 		VarRingBusy:        s.ringBusy,
 		VarHasCsumIPv6:     !s.noCsumIPv6,
+		VarRedirectBack:    s.redirectBack,
+		VarFacesClients:    !s.backendsOnly,
 	}
 }
 
@@ -375,9 +379,12 @@ func (w want) fits(a Action) bool {
 	case ActionDrop:
 		return w.action == shot && len(w.events) == 0
 	default:
-		return w.action == redirect
+		return w.sent()
 	}
 }
+
+// sent reports whether the case wants the frame to leave.
+func (w want) sent() bool { return w.action == redirect || w.action == transmit }
 
 func pass(reason Reason) want { return want{action: next, reason: reason} }
 func drop(reason Reason) want { return want{action: shot, reason: reason} }
@@ -414,13 +421,16 @@ func (r *rig) outcome(program string, in []byte, ctx skbuff, w want) []byte {
 
 func (r *rig) run(program string, in []byte, ctx skbuff) ([]byte, int) {
 	r.Helper()
+	*r.total++
+	if r.set.xdp {
+		return r.runXDP(in, ctx)
+	}
 	opts := ebpf.RunOptions{Data: in, DataOut: make([]byte, len(in)+256), Context: &ctx}
 	var ret uint32
 	r.ns.try(r, func() (err error) {
 		ret, err = r.coll.Programs[program].Run(&opts)
 		return err
 	})
-	*r.total++
 	return opts.DataOut, int(int32(ret))
 }
 
@@ -437,7 +447,7 @@ func (r *rig) expectSkb(program string, in []byte, ctx skbuff, w want) {
 		w.frame = in
 	}
 	sameFrame(r, out, w.frame)
-	if w.action == redirect {
+	if w.sent() {
 		wellFormed(r, out)
 	}
 }
