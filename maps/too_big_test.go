@@ -8,7 +8,10 @@ import (
 	"testing"
 )
 
-func overMTU(s *segment) { s.payload = make([]byte, nexthopMTU+1-len(s.packet())) }
+func overMTU(s *segment) {
+	s.payload = nil
+	s.payload = make([]byte, nexthopMTU+1-len(s.packet()))
+}
 
 // tooBig is what the engine has to be told of a packet that does not fit: all of it,
 // and what would. XDP leaves that to TC.
