@@ -147,6 +147,7 @@ type rig struct {
 	live    Live
 	slot    uint64
 	total   *uint64 // program runs so far
+	cramped int32   // bytes less room in front of a frame, of XDP
 }
 
 const (

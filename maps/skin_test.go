@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/sys/unix"
 )
 
 // TC and XDP share all but what touches a frame, so they share their tests too: what a
@@ -46,25 +48,62 @@ type xdpMD struct {
 	Data, DataEnd, DataMeta, IngressIfindex, RxQueueIndex, EgressIfindex uint32
 }
 
-// runXDP takes of ctx what XDP has of it: the interface, lo where there is none, and how
-// many bytes of metadata stand in front of the frame, where its room is.
+// runXDP takes of ctx what XDP has of it: the interface, lo where there is none.
 func (r *rig) runXDP(in []byte, ctx skbuff) ([]byte, int) {
 	r.Helper()
-	in = append(make([]byte, ctx.DataMeta), in...)
 	opts := ebpf.RunOptions{
 		Data: in, DataOut: make([]byte, len(in)+256),
-		Context: &xdpMD{Data: ctx.DataMeta, DataEnd: uint32(len(in)), IngressIfindex: max(ctx.Ifindex, 1)},
+		Context: &xdpMD{DataEnd: uint32(len(in)), IngressIfindex: max(ctx.Ifindex, 1)},
+	}
+	prog := r.coll.Programs[ProgramXDP]
+	if r.cramped > 0 {
+		prog = r.cramping(prog, in)
 	}
 	var ret uint32
 	r.ns.try(r, func() (err error) {
-		ret, err = r.coll.Programs[ProgramXDP].Run(&opts)
+		ret, err = prog.Run(&opts)
 		return err
 	})
 	action, known := said[ret]
 	if !known {
 		r.Errorf("XDP said %d", ret)
 	}
-	return opts.DataOut[ctx.DataMeta:], action
+	return opts.DataOut, action
+}
+
+// cramping is a program that moves the frame to the front, by as much as the rig is
+// cramped, and then jumps into `into`.
+func (r *rig) cramping(into *ebpf.Program, frame []byte) *ebpf.Program {
+	r.Helper()
+	content := r.newMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: uint32(len(frame)), MaxEntries: 1})
+	must(r, content.Put(uint32(0), frame))
+	jump := r.newMap(&ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	must(r, jump.Put(uint32(0), into))
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.XDP, AttachType: ebpf.AttachXDP, License: "GPL", Flags: unix.BPF_F_XDP_HAS_FRAGS,
+		Instructions: asm.Instructions{
+			asm.Mov.Reg(asm.R6, asm.R1),
+			asm.Mov.Imm(asm.R2, -r.cramped),
+			asm.FnXdpAdjustHead.Call(),
+			asm.Mov.Reg(asm.R1, asm.R6),
+			asm.Mov.Imm(asm.R2, 0),
+			asm.LoadMapValue(asm.R3, content.FD(), 0),
+			asm.Mov.Imm(asm.R4, int32(len(frame))),
+			asm.FnXdpStoreBytes.Call(),
+			asm.Mov.Reg(asm.R1, asm.R6),
+			asm.Mov.Imm(asm.R2, -r.cramped),
+			asm.FnXdpAdjustTail.Call(),
+			asm.Mov.Reg(asm.R1, asm.R6),
+			asm.LoadMapPtr(asm.R2, jump.FD()),
+			asm.Mov.Imm(asm.R3, 0),
+			asm.FnTailCall.Call(),
+			asm.Mov.Imm(asm.R0, 99),
+			asm.Return(),
+		},
+	})
+	must(r, err)
+	r.Cleanup(func() { must(r, prog.Close()) })
+	return prog
 }
 
 // xdpIfindex is where XDP sends by the next hop of the tests: not where frames come from.

@@ -30,10 +30,10 @@ func (r *rig) setHop(change func(*Nexthop)) {
 }
 
 // expectLeft feeds a packet of a bound flow: TC gets it, and the entry does not know.
-func (r *rig) expectLeft(f family, leg Leg, s segment, ctx skbuff, reason Reason) {
+func (r *rig) expectLeft(f family, leg Leg, s segment, reason Reason) {
 	r.Helper()
 	before := r.entry(f, leg)
-	r.expectSkb(program(leg), s.frame(), ctx, pass(reason))
+	r.expect(program(leg), s.frame(), pass(reason))
 	r.untouched(f, leg, before)
 }
 
@@ -75,14 +75,14 @@ func TestXDPLeavesNexthop(t *testing.T) {
 	} {
 		r.setHop(hop)
 		r.bothLegsShapes(t, func(r *rig, f family, leg Leg, s segment) {
-			r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_LEFT_NEXTHOP)
+			r.expectLeft(f, leg, s, bpfReasonREASON_LEFT_NEXTHOP)
 			s.tags = []vlan{{0x8100, 20}}
-			r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_LEFT_NEXTHOP)
+			r.expectLeft(f, leg, s, bpfReasonREASON_LEFT_NEXTHOP)
 			s.ttl = 1 // TC would not do better
 			r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TTL_EXPIRED))
 			s.ttl = 2
 			overMTU(&s)
-			r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_LEFT_TOO_BIG)
+			r.expectLeft(f, leg, s, bpfReasonREASON_LEFT_TOO_BIG)
 		})
 	}
 	r.setHop(func(h *Nexthop) { h.Ifindex = 0 })
@@ -102,7 +102,7 @@ func TestXDPLeavesTooBig(t *testing.T) {
 		r.setHop(hop)
 		r.bothLegsShapes(t, func(r *rig, f family, leg Leg, s segment) {
 			overMTU(&s)
-			r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_LEFT_TOO_BIG)
+			r.expectLeft(f, leg, s, bpfReasonREASON_LEFT_TOO_BIG)
 			s.payload = s.payload[1:]
 			r.expectForward(f, leg, s, skbuff{})
 		})
@@ -117,11 +117,11 @@ func TestXDPLeavesChecksum(t *testing.T) {
 	r.bothLegsShapes(t, func(r *rig, f family, leg Leg, s segment) {
 		for _, tags := range [][]vlan{nil, {{0x8100, 20}}} {
 			s.tags = tags
-			r.expectLeft(f, leg, s.unfinished(), skbuff{}, bpfReasonREASON_LEFT_CHECKSUM)
+			r.expectLeft(f, leg, s.unfinished(), bpfReasonREASON_LEFT_CHECKSUM)
 			for _, flags := range []uint16{syn, syn | ack, 0} {
 				s := s
 				s.flags = flags
-				r.expectLeft(f, leg, s.unfinished(), skbuff{}, bpfReasonREASON_LEFT_CHECKSUM)
+				r.expectLeft(f, leg, s.unfinished(), bpfReasonREASON_LEFT_CHECKSUM)
 			}
 		}
 		must(r, r.tables.DeleteFlow(leg, f.tuple(leg)))
@@ -212,7 +212,7 @@ func TestXDPVlan(t *testing.T) {
 					r.expectForward(f, leg, s, skbuff{})
 					r.expectForward(f, leg, s, skbuff{})
 					s.tags = []vlan{{0x88a8, 20}, {0x8100, 21}}
-					r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_VLAN_STACKED)
+					r.expectLeft(f, leg, s, bpfReasonREASON_VLAN_STACKED)
 				})
 			})
 		}
@@ -227,12 +227,14 @@ func TestXDPLeavesNoRoom(t *testing.T) {
 	r := newXDPRig(t, settings{})
 	r.setHop(func(h *Nexthop) { h.VlanProto, h.VlanId = Port(0x8100), Port(30) })
 	r.bothLegsShapes(t, func(r *rig, f family, leg Leg, s segment) {
-		r.expectLeft(f, leg, s, skbuff{DataMeta: xdpRoom}, bpfReasonREASON_LEFT_FRAME)
-		r.expectForward(f, leg, s, skbuff{DataMeta: xdpRoom - 4})
+		r.cramped = xdpRoom - 4
+		r.expectForward(f, leg, s, skbuff{})
+		r.cramped = xdpRoom
+		r.expectLeft(f, leg, s, bpfReasonREASON_LEFT_FRAME)
 		s.tags = []vlan{{0x88a8, 20}}
-		r.expectForward(f, leg, s, skbuff{DataMeta: xdpRoom})
+		r.expectForward(f, leg, s, skbuff{})
 		r.hop(nexthopMTU)
-		r.expectForward(f, leg, s, skbuff{DataMeta: xdpRoom})
+		r.expectForward(f, leg, s, skbuff{})
 		r.setHop(func(h *Nexthop) { h.VlanProto, h.VlanId = Port(0x8100), Port(30) })
 	})
 }
@@ -250,7 +252,7 @@ func TestXDPBuffers(t *testing.T) {
 					if size < 4096 {
 						r.expectForward(f, leg, s, skbuff{})
 					} else {
-						r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_LEFT_FRAME)
+						r.expectLeft(f, leg, s, bpfReasonREASON_LEFT_FRAME)
 					}
 					r.setHop(func(h *Nexthop) {
 						hop(h)
@@ -310,9 +312,9 @@ func TestXDPBackendsOnly(t *testing.T) {
 			r.expect(ProgramBackend, s.frame(), backendEvent(s))
 			return
 		}
-		r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_NOT_OURS)
+		r.expectLeft(f, leg, s, bpfReasonREASON_NOT_OURS)
 		s.flags = syn
-		r.expectLeft(f, leg, s, skbuff{}, bpfReasonREASON_NOT_OURS)
+		r.expectLeft(f, leg, s, bpfReasonREASON_NOT_OURS)
 	})
 	bothFamilies(t, func(t *testing.T, f family) {
 		r := r.with(t)
