@@ -588,6 +588,12 @@ func TestFlowRandom(t *testing.T) {
 				LastAck: random.Uint32(), Packets: random.Uint32(), Generation: uint16(i), Id: uint16(random.Uint32()),
 				Control: FlowControl(nexthopIndex, random.IntN(29)-14, random.IntN(2)),
 			}
+			if r.set.xdp {
+				r.setHop(func(h *Nexthop) {
+					h.XdpIfindex = 1 + random.Uint32N(2)
+					h.VlanProto, h.VlanId = Port([]uint16{0, 0x8100, 0x88a8}[random.IntN(3)]), Port(uint16(random.Uint32()))
+				})
+			}
 			pending := leg == LegBackend && random.IntN(4) == 0
 			if pending {
 				e.Flow.Control |= FlowPending
