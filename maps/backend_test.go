@@ -14,19 +14,20 @@ func backendEvent(s segment) want {
 
 // What a backend sends to a port of ours is the engine's, whatever it is.
 func TestBackendEvent(t *testing.T) {
-	r := newRig(t, settings{})
-	r.connect()
-	bothFamilies(t, func(t *testing.T, f family) {
-		for _, flags := range []uint16{syn | ack, ack, rst, rst | ack, fin | ack, ack | psh, syn, 0} {
-			for _, size := range []int{0, 1, 61, 1400} {
-				r := r.with(t)
-				s := f.backendSegment(flags)
-				s.payload = make([]byte, size)
-				r.expect(ProgramBackend, s.frame(), backendEvent(s))
-				s.tags, s.padding = []vlan{{0x8100, 7}}, []byte("pad")
-				r.expect(ProgramBackend, s.frame(), backendEvent(s))
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.connect()
+		bothFamilies(t, func(t *testing.T, f family) {
+			for _, flags := range []uint16{syn | ack, ack, rst, rst | ack, fin | ack, ack | psh, syn, 0} {
+				for _, size := range []int{0, 1, 61, 1400} {
+					r := r.with(t)
+					s := f.backendSegment(flags)
+					s.payload = make([]byte, size)
+					r.expect(ProgramBackend, s.frame(), backendEvent(s))
+					s.tags, s.padding = []vlan{{0x8100, 7}}, []byte("pad")
+					r.expect(ProgramBackend, s.frame(), backendEvent(s))
+				}
 			}
-		}
+		})
 	})
 }
 
@@ -52,20 +53,21 @@ func TestBackendNotOurs(t *testing.T) {
 		{"another source", func(s *segment) { s.dst = netip.AddrPortFrom(s.dst.Addr().Next(), sourcePort) }, false},
 		{"the way back", func(s *segment) { s.src, s.dst = s.dst, s.src }, false},
 	}
-	r := newRig(t, settings{})
-	r.connect()
-	bothFamilies(t, func(t *testing.T, f family) {
-		for _, c := range cases {
-			t.Run(c.name, func(t *testing.T) {
-				s := f.backendSegment(syn | ack)
-				c.change(&s)
-				w := pass(bpfReasonREASON_NOT_OURS)
-				if c.ours {
-					w = backendEvent(s)
-				}
-				r.with(t).expect(ProgramBackend, s.frame(), w)
-			})
-		}
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.connect()
+		bothFamilies(t, func(t *testing.T, f family) {
+			for _, c := range cases {
+				t.Run(c.name, func(t *testing.T) {
+					s := f.backendSegment(syn | ack)
+					c.change(&s)
+					w := pass(bpfReasonREASON_NOT_OURS)
+					if c.ours {
+						w = backendEvent(s)
+					}
+					r.with(t).expect(ProgramBackend, s.frame(), w)
+				})
+			}
+		})
 	})
 }
 
@@ -73,15 +75,16 @@ func TestBackendNotOurs(t *testing.T) {
 func TestBackendWorkers(t *testing.T) {
 	for _, workers := range []uint32{1, 2, 3, 7, 64} {
 		t.Run(fmt.Sprint(workers), func(t *testing.T) {
-			r := newRig(t, settings{workers: workers, ringSize: 4096})
-			r.connect()
-			for port := uint16(portFirst); port <= portLast; port += 3 {
-				s := families[port%2].backendSegment(ack)
-				s.dst = netip.AddrPortFrom(s.dst.Addr(), port)
-				w := backendEvent(s)
-				w.events[0].Worker = int(port-portFirst) % int(workers)
-				r.expect(ProgramBackend, s.frame(), w)
-			}
+			skins(t, newRig, settings{workers: workers, ringSize: 4096}, func(t *testing.T, r *rig) {
+				r.connect()
+				for port := uint16(portFirst); port <= portLast; port += 3 {
+					s := families[port%2].backendSegment(ack)
+					s.dst = netip.AddrPortFrom(s.dst.Addr(), port)
+					w := backendEvent(s)
+					w.events[0].Worker = int(port-portFirst) % int(workers)
+					r.expect(ProgramBackend, s.frame(), w)
+				}
+			})
 		})
 	}
 }

@@ -7,17 +7,22 @@
 // loader below /sys/fs/bpf/snilb/NAME/.
 //
 //	map             key -> value                 written by            read by           full means
-//	flows4, flows6  tuple and leg -> rewrite     engine: insert and    client, backend   a new connection is
-//	                of one direction             delete; kernel: its   and tap programs; reset and counted; bound
-//	                                             counters and state,   engine            flows go on
+//	flows4, flows6  tuple and leg -> rewrite     engine: insert and    client, backend,  a new connection is
+//	                of one direction             delete; kernel: its   tap and XDP       reset and counted; bound
+//	                                             counters and state,   programs, engine  flows go on
 //	                                             and delete when a SYN
 //	                                             meets a closed flow
-//	listeners       address and port -> id       daemon                client program    refused at attach
-//	listener_ports  port/64 -> 64 bits           daemon                client program    cannot
-//	paths           source, backend -> id        daemon                backend program   refused at attach
-//	nexthops        index -> interface, gateway  daemon                client, backend,  new flows are refused
-//	                                                                   tap programs
-//	control         0 -> heartbeat, clock, keys  daemon, once a second client program    cannot
+//	listeners       address and port -> id       daemon                client and XDP    refused at attach
+//	                                                                   programs
+//	listener_ports  port/64 -> 64 bits           daemon                client and XDP    cannot
+//	                                                                   programs
+//	paths           source, backend -> id        daemon                backend and XDP   refused at attach
+//	                                                                   programs
+//	nexthops        index -> interface, gateway; daemon                client, backend,  new flows are refused
+//	                for XDP also the interface                         tap and XDP
+//	                below, link addresses, tag                         programs
+//	control         0 -> heartbeat, clock, keys  daemon, once a second client, backend   cannot
+//	                                                                   and XDP programs
 //	rings           worker -> ring buffer        kernel programs       engine, one       the packet is lost and
 //	                                                                   reader a ring     counted; TCP repeats it
 //	                worker+64 -> its quiet one,  kernel programs       the same reader,  the sweep sees it in
@@ -28,6 +33,9 @@
 //	                per CPU                                                              slot
 //	scratch, allowance: one CPU's working memory of the programs; the allowance of
 //	                each kind of rationed event is its own
+//
+// What XDP passes on TC sees once more: a packet that both count left XDP untouched, and
+// XDP's counter says why.
 //
 // A flow entry is self-contained: it outlives its backend in the configuration,
 // the daemon, and a change of programs.

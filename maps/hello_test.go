@@ -121,17 +121,18 @@ func TestHelloKinds(t *testing.T) {
 		{"SYN and RST", func(s *segment) { s.flags = syn | rst }, unknownDrop},
 		{"RST without ACK", func(s *segment) { s.flags, s.payload = rst, nil }, unknownDrop},
 	}
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowReset)
-	bothFamilies(t, func(t *testing.T, f family) {
-		for _, c := range cases {
-			t.Run(c.name, func(t *testing.T) {
-				r := r.with(t)
-				s := r.hello(f)
-				c.change(&s)
-				r.expect(ProgramClient, s.frame(), c.want(s))
-			})
-		}
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		bothFamilies(t, func(t *testing.T, f family) {
+			for _, c := range cases {
+				t.Run(c.name, func(t *testing.T) {
+					r := r.with(t)
+					s := r.hello(f)
+					c.change(&s)
+					r.expect(ProgramClient, s.frame(), c.want(s))
+				})
+			}
+		})
 	})
 }
 
@@ -144,89 +145,92 @@ func unknownDrop(segment) want  { return drop(bpfReasonREASON_UNKNOWN_DROP) }
 
 // A cookie lives two slots more than its own.
 func TestCookieAge(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowReset)
-	bothFamilies(t, func(t *testing.T, f family) {
-		for age := int64(-5); age <= 9; age++ {
-			r := r.with(t)
-			s := r.hello(f)
-			s.ack = helloSays.make(r.live.Keys, r.slot-uint64(age), s.src, s.dst) + 1
-			w := unknown(s)
-			if age >= 0 && age <= 2 {
-				w = hello(s)
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		bothFamilies(t, func(t *testing.T, f family) {
+			for age := int64(-5); age <= 9; age++ {
+				r := r.with(t)
+				s := r.hello(f)
+				s.ack = helloSays.make(r.live.Keys, r.slot-uint64(age), s.src, s.dst) + 1
+				w := unknown(s)
+				if age >= 0 && age <= 2 {
+					w = hello(s)
+				}
+				r.expect(ProgramClient, s.frame(), w)
+				// The same behind a close by alert.
+				s.ack, s.flags = s.ack+behindAlert, s.flags|fin
+				if w = unknown(s); age >= 0 && age <= 2 {
+					w = closed(s)
+				}
+				r.expect(ProgramClient, s.frame(), w)
+				if t.Failed() {
+					t.Fatalf("cookie made %d slots ago", age)
+				}
 			}
-			r.expect(ProgramClient, s.frame(), w)
-			// The same behind a close by alert.
-			s.ack, s.flags = s.ack+behindAlert, s.flags|fin
-			if w = unknown(s); age >= 0 && age <= 2 {
-				w = closed(s)
-			}
-			r.expect(ProgramClient, s.frame(), w)
-			if t.Failed() {
-				t.Fatalf("cookie made %d slots ago", age)
-			}
-		}
+		})
 	})
 }
 
 // Every option a cookie can carry is proved by it.
 func TestCookieEveryOption(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowReset)
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		s := r.hello(f)
-		for bits := range 256 {
-			says := cookieFields{class: uint8(bits >> 5), wscale: uint8(bits >> 1 & 15), sack: bits&1 == 1}
-			s.ack = says.make(r.live.Keys, r.slot, s.src, s.dst) + 1
-			r.expect(ProgramClient, s.frame(), hello(s))
-		}
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			s := r.hello(f)
+			for bits := range 256 {
+				says := cookieFields{class: uint8(bits >> 5), wscale: uint8(bits >> 1 & 15), sack: bits&1 == 1}
+				s.ack = says.make(r.live.Keys, r.slot, s.src, s.dst) + 1
+				r.expect(ProgramClient, s.frame(), hello(s))
+			}
+		})
 	})
 }
 
 // One bit of a cookie, of an address or of a port changed, or one key, is a forgery.
 func TestCookieForged(t *testing.T) {
-	r := newRig(t, settings{})
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		for bit := range 32 {
-			s := r.hello(f)
-			made := s.ack
-			if s.ack = (s.ack - 1) ^ 1<<bit + 1; s.ack == made+AlertLength+1 {
-				continue // so a client acknowledges an alert and a FIN behind it
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			for bit := range 32 {
+				s := r.hello(f)
+				made := s.ack
+				if s.ack = (s.ack - 1) ^ 1<<bit + 1; s.ack == made+AlertLength+1 {
+					continue // so a client acknowledges an alert and a FIN behind it
+				}
+				r.forged(s, fmt.Sprintf("cookie bit %d", bit))
 			}
-			r.forged(s, fmt.Sprintf("cookie bit %d", bit))
-		}
-		for bit := range 16 {
-			s := r.hello(f)
-			s.src = netip.AddrPortFrom(s.src.Addr(), s.src.Port()^1<<bit)
-			r.forged(s, fmt.Sprintf("source port bit %d", bit))
-			s = r.hello(f)
-			s.dst = netip.AddrPortFrom(s.dst.Addr(), s.dst.Port()^1<<bit)
-			r.forged(s, fmt.Sprintf("destination port bit %d", bit))
-		}
-		for bit := range len(f.vip.Addr().AsSlice()) * 8 {
-			s := r.hello(f)
-			s.src = netip.AddrPortFrom(flipBit(s.src.Addr(), bit), s.src.Port())
-			r.forged(s, fmt.Sprintf("source address bit %d", bit))
-			s = r.hello(f)
-			s.dst = netip.AddrPortFrom(flipBit(s.dst.Addr(), bit), s.dst.Port())
-			r.forged(s, fmt.Sprintf("destination address bit %d", bit))
-		}
-		for k := range 128 {
-			s := r.hello(f)
-			keys := r.live.Keys
-			if k < 64 {
-				keys[r.slot%4].K0 ^= 1 << k
-			} else {
-				keys[r.slot%4].K1 ^= 1 << (k - 64)
+			for bit := range 16 {
+				s := r.hello(f)
+				s.src = netip.AddrPortFrom(s.src.Addr(), s.src.Port()^1<<bit)
+				r.forged(s, fmt.Sprintf("source port bit %d", bit))
+				s = r.hello(f)
+				s.dst = netip.AddrPortFrom(s.dst.Addr(), s.dst.Port()^1<<bit)
+				r.forged(s, fmt.Sprintf("destination port bit %d", bit))
 			}
-			s.ack = helloSays.make(keys, r.slot, s.src, s.dst) + 1
-			r.forged(s, fmt.Sprintf("key bit %d", k))
-		}
-		s := r.hello(f)
-		s.ack = helloSays.make(r.live.Keys, r.slot, s.dst, s.src) + 1
-		r.forged(s, "source and destination swapped")
+			for bit := range len(f.vip.Addr().AsSlice()) * 8 {
+				s := r.hello(f)
+				s.src = netip.AddrPortFrom(flipBit(s.src.Addr(), bit), s.src.Port())
+				r.forged(s, fmt.Sprintf("source address bit %d", bit))
+				s = r.hello(f)
+				s.dst = netip.AddrPortFrom(flipBit(s.dst.Addr(), bit), s.dst.Port())
+				r.forged(s, fmt.Sprintf("destination address bit %d", bit))
+			}
+			for k := range 128 {
+				s := r.hello(f)
+				keys := r.live.Keys
+				if k < 64 {
+					keys[r.slot%4].K0 ^= 1 << k
+				} else {
+					keys[r.slot%4].K1 ^= 1 << (k - 64)
+				}
+				s.ack = helloSays.make(keys, r.slot, s.src, s.dst) + 1
+				r.forged(s, fmt.Sprintf("key bit %d", k))
+			}
+			s := r.hello(f)
+			s.ack = helloSays.make(r.live.Keys, r.slot, s.dst, s.src) + 1
+			r.forged(s, "source and destination swapped")
+		})
 	})
 }
 
@@ -252,47 +256,49 @@ func (r *rig) forged(s segment, what string) {
 // A hello is captured whole as far as a program run can go; the larger ones come
 // over a veth pair.
 func TestHelloSizes(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowReset)
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		for size := 1; size < 3500; size += 1 + size/7 {
-			s := r.hello(f)
-			s.payload = bytes.Repeat([]byte("0123456789abcdefg"), 206)[:size]
-			r.expect(ProgramClient, s.frame(), hello(s))
-			s.ack += behindAlert
-			r.expect(ProgramClient, s.frame(), closed(s))
-		}
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			for size := 1; size < 3500; size += 1 + size/7 {
+				s := r.hello(f)
+				s.payload = bytes.Repeat([]byte("0123456789abcdefg"), 206)[:size]
+				r.expect(ProgramClient, s.frame(), hello(s))
+				s.ack += behindAlert
+				r.expect(ProgramClient, s.frame(), closed(s))
+			}
+		})
 	})
 }
 
 // A full ring loses the packet, and says so; it does no harm to what it holds.
 func TestHelloRingFull(t *testing.T) {
-	r := newRig(t, settings{ringSize: 4096})
-	r.listen(UnknownFlowReset)
-	r.connect()
-	for _, f := range families {
-		s := r.hello(f)
-		s.payload = make([]byte, 800)
-		var want []event
-		for range 4 {
-			if _, action := r.run(ProgramClient, s.frame(), skbuff{}); action != shot {
-				t.Errorf("action is %d", action)
+	skins(t, newRig, settings{ringSize: 4096}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		r.connect()
+		for _, f := range families {
+			s := r.hello(f)
+			s.payload = make([]byte, 800)
+			var want []event
+			for range 4 {
+				if _, action := r.run(ProgramClient, s.frame(), skbuff{}); action != shot {
+					t.Errorf("action is %d", action)
+				}
+				want = append(want, eventOf(s, EventHello, EventData))
 			}
-			want = append(want, eventOf(s, EventHello, EventData))
-		}
-		for program, full := range map[string]segment{ProgramClient: s, ProgramBackend: f.backendSegment(syn | ack)} {
-			full.payload = make([]byte, 800)
-			before := r.counters().Packets[bpfReasonREASON_EVENT_LOST]
-			_, action := r.run(program, full.frame(), skbuff{})
-			if lost := r.counters().Packets[bpfReasonREASON_EVENT_LOST] - before; action != shot || lost != 1 {
-				t.Errorf("%s: action is %d, %d lost", program, action, lost)
+			for program, full := range map[string]segment{ProgramClient: s, ProgramBackend: f.backendSegment(syn | ack)} {
+				full.payload = make([]byte, 800)
+				before := r.counters().Packets[bpfReasonREASON_EVENT_LOST]
+				_, action := r.run(program, full.frame(), skbuff{})
+				if lost := r.counters().Packets[bpfReasonREASON_EVENT_LOST] - before; action != shot || lost != 1 {
+					t.Errorf("%s: action is %d, %d lost", program, action, lost)
+				}
+			}
+			if got := r.events(0); fmt.Sprint(got) != fmt.Sprint(want) {
+				t.Errorf("events are %v, want %v", got, want)
 			}
 		}
-		if got := r.events(0); fmt.Sprint(got) != fmt.Sprint(want) {
-			t.Errorf("events are %v, want %v", got, want)
-		}
-	}
+	})
 }
 
 // clientWorker is the model of client_worker, with the key 0.
@@ -309,58 +315,60 @@ func clientWorker(client netip.AddrPort, workers uint32) int {
 func TestHelloWorkers(t *testing.T) {
 	for _, workers := range []uint32{1, 2, 3, 5, 64} {
 		t.Run(fmt.Sprint(workers), func(t *testing.T) {
-			r := newRig(t, settings{workers: workers, ringSize: 4096})
-			r.listen(UnknownFlowReset)
-			seen := make(map[int]bool)
-			for port := range uint16(200 + 4*workers) {
-				for _, f := range families {
-					f.client = netip.AddrPortFrom(f.client.Addr(), 1024+port)
-					s := r.hello(f)
-					w := hello(s)
-					w.events[0].Worker = clientWorker(f.client, workers)
-					seen[w.events[0].Worker] = true
-					r.expect(ProgramClient, s.frame(), w)
-					s.seq, s.flags = s.seq+10, s.flags|fin
-					next := hello(s)
-					next.events[0].Worker = w.events[0].Worker
-					r.expect(ProgramClient, s.frame(), next)
-					s.ack += behindAlert // its FIN after a close by alert
-					next = closed(s)
-					next.events[0].Worker = w.events[0].Worker
-					r.expect(ProgramClient, s.frame(), next)
+			skins(t, newRig, settings{workers: workers, ringSize: 4096}, func(t *testing.T, r *rig) {
+				r.listen(UnknownFlowReset)
+				seen := make(map[int]bool)
+				for port := range uint16(200 + 4*workers) {
+					for _, f := range families {
+						f.client = netip.AddrPortFrom(f.client.Addr(), 1024+port)
+						s := r.hello(f)
+						w := hello(s)
+						w.events[0].Worker = clientWorker(f.client, workers)
+						seen[w.events[0].Worker] = true
+						r.expect(ProgramClient, s.frame(), w)
+						s.seq, s.flags = s.seq+10, s.flags|fin
+						next := hello(s)
+						next.events[0].Worker = w.events[0].Worker
+						r.expect(ProgramClient, s.frame(), next)
+						s.ack += behindAlert // its FIN after a close by alert
+						next = closed(s)
+						next.events[0].Worker = w.events[0].Worker
+						r.expect(ProgramClient, s.frame(), next)
+					}
 				}
-			}
-			if len(seen) != int(workers) {
-				t.Errorf("%d of %d workers had a hello", len(seen), workers)
-			}
+				if len(seen) != int(workers) {
+					t.Errorf("%d of %d workers had a hello", len(seen), workers)
+				}
+			})
 		})
 	}
 }
 
 // The engine is told where a packet came in.
 func TestHelloInterface(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowReset)
-	var index int
-	r.ns.try(t, func() error {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.Index = "eth0", 4711
-		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0-far"}); err != nil {
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		var index int
+		r.ns.try(t, func() error {
+			attrs := netlink.NewLinkAttrs()
+			attrs.Name, attrs.Index = "eth0", 4711
+			if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "eth0-far"}); err != nil {
+				return err
+			}
+			l, err := netlink.LinkByName("eth0")
+			if err == nil {
+				index = l.Attrs().Index
+			}
 			return err
-		}
-		l, err := netlink.LinkByName("eth0")
-		if err == nil {
-			index = l.Attrs().Index
-		}
-		return err
-	})
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		s := r.hello(f)
-		s.srcMAC = mac{0xfe, 1, 2, 3, 4, 5}
-		w := hello(s)
-		w.events[0].Ifindex = uint32(index)
-		r.expectSkb(ProgramClient, s.frame(), skbuff{Ifindex: uint32(index)}, w)
+		})
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			s := r.hello(f)
+			s.srcMAC = mac{0xfe, 1, 2, 3, 4, 5}
+			w := hello(s)
+			w.events[0].Ifindex = uint32(index)
+			r.expectSkb(ProgramClient, s.frame(), skbuff{Ifindex: uint32(index)}, w)
+		})
 	})
 }
 
@@ -371,20 +379,21 @@ func TestUnknownFlow(t *testing.T) {
 		"RST": rst, "RST-ACK": rst | ack, "RST-SYN": rst | syn,
 	}
 	policies := map[string]uint8{"reset": UnknownFlowReset, "pass": UnknownFlowPass, "drop": UnknownFlowDrop}
-	r := newRig(t, settings{})
-	bothFamilies(t, func(t *testing.T, f family) {
-		for policyName, policy := range policies {
-			r.with(t).listen(policy)
-			for flagsName, bits := range flags {
-				for _, size := range []int{0, 3, 59, 1000} {
-					t.Run(fmt.Sprint(policyName, "/", flagsName, "/", size), func(t *testing.T) {
-						s := f.clientSegment(bits)
-						s.payload = make([]byte, size)
-						r.with(t).expect(ProgramClient, s.frame(), unknownWant(s, policy))
-					})
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		bothFamilies(t, func(t *testing.T, f family) {
+			for policyName, policy := range policies {
+				r.with(t).listen(policy)
+				for flagsName, bits := range flags {
+					for _, size := range []int{0, 3, 59, 1000} {
+						t.Run(fmt.Sprint(policyName, "/", flagsName, "/", size), func(t *testing.T) {
+							s := f.clientSegment(bits)
+							s.payload = make([]byte, size)
+							r.with(t).expect(ProgramClient, s.frame(), unknownWant(s, policy))
+						})
+					}
 				}
 			}
-		}
+		})
 	})
 }
 
@@ -423,54 +432,56 @@ func (r *rig) wholeSecond() uint64 {
 
 // Resets are rationed by the second and CPU.
 func TestUnknownLimit(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowReset)
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		s := f.clientSegment(ack)
-		second := r.wholeSecond()
-		r.allow(EventUnknown, second, eventsPerSecond-1)
-		r.expect(ProgramClient, s.frame(), unknown(s))
-		r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
-		r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
-		h := r.hello(f) // a valid cookie is not rationed
-		r.expect(ProgramClient, h.frame(), hello(h))
-		r.allow(EventUnknown, second-1, 1<<40)
-		r.expect(ProgramClient, s.frame(), unknown(s))
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			s := f.clientSegment(ack)
+			second := r.wholeSecond()
+			r.allow(EventUnknown, second, eventsPerSecond-1)
+			r.expect(ProgramClient, s.frame(), unknown(s))
+			r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
+			r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
+			h := r.hello(f) // a valid cookie is not rationed
+			r.expect(ProgramClient, h.frame(), hello(h))
+			r.allow(EventUnknown, second-1, 1<<40)
+			r.expect(ProgramClient, s.frame(), unknown(s))
+		})
 	})
 }
 
 // A connection that a socket of this node has is not ours, even where the cookie is
 // valid; a listening socket has none.
 func TestSocketOwns(t *testing.T) {
-	r := newRig(t, settings{})
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		r.ns.try(t, func() error { return addLoopback(f.client.Addr(), f.vip.Addr()) })
-		client, server := r.connection(f)
-		f.client, f.vip = client, server
-		must(t, r.tables.SetListeners(map[netip.AddrPort]Listener{server: {Id: listenerID}}))
-		r.live.Flags = LiveSockets
-		r.setClock()
-		for _, flags := range []uint16{ack, ack | psh, ack | fin, rst, ack | rst, syn, syn | ack, 0} {
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			r.ns.try(t, func() error { return addLoopback(f.client.Addr(), f.vip.Addr()) })
+			client, server := r.connection(f)
+			f.client, f.vip = client, server
+			must(t, r.tables.SetListeners(map[netip.AddrPort]Listener{server: {Id: listenerID}}))
+			r.live.Flags = LiveSockets
+			r.setClock()
+			for _, flags := range []uint16{ack, ack | psh, ack | fin, rst, ack | rst, syn, syn | ack, 0} {
+				s := r.hello(f)
+				s.flags = flags
+				r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
+				s.ack ^= 1 << 5
+				r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
+			}
+			// Where no socket can be none is looked for, but by what is no SYN.
+			r.live.Flags = 0
+			r.setClock()
 			s := r.hello(f)
-			s.flags = flags
 			r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
+			s.flags, s.payload = syn, nil
+			r.expectAnswer(s)
+			f.client = netip.AddrPortFrom(client.Addr(), client.Port()^1)
+			s = r.hello(f)
+			r.expect(ProgramClient, s.frame(), hello(s))
 			s.ack ^= 1 << 5
-			r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
-		}
-		// Where no socket can be none is looked for, but by what is no SYN.
-		r.live.Flags = 0
-		r.setClock()
-		s := r.hello(f)
-		r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_SOCKET))
-		s.flags, s.payload = syn, nil
-		r.expectAnswer(s)
-		f.client = netip.AddrPortFrom(client.Addr(), client.Port()^1)
-		s = r.hello(f)
-		r.expect(ProgramClient, s.frame(), hello(s))
-		s.ack ^= 1 << 5
-		r.expect(ProgramClient, s.frame(), unknown(s))
+			r.expect(ProgramClient, s.frame(), unknown(s))
+		})
 	})
 }
 

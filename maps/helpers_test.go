@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"os"
+	"reflect"
 	"runtime"
 	"strings"
 	"testing"
@@ -129,8 +130,10 @@ type settings struct {
 	ringSize   int
 	ringBusy   uint64
 	noCsumIPv6 bool // as on a kernel without BPF_F_IPV6
-	xdp        bool // the XDP object
 	flows      int  // room in the flow tables; 1024
+	xdp        bool // the XDP object, whose program stands for both of TC's
+	// Of XDP only.
+	redirectBack, backendsOnly bool
 }
 
 // rig is the programs, loaded, with their tables, and a clock that stands in the
@@ -145,6 +148,7 @@ type rig struct {
 	live    Live
 	slot    uint64
 	total   *uint64 // program runs so far
+	cramped int32   // bytes less room in front of a frame, of XDP
 }
 
 const (
@@ -203,6 +207,8 @@ func (s settings) variables() map[string]any {
 		VarDeadAfter:       uint64(aliveFor),
 		VarRingBusy:        s.ringBusy,
 		VarHasCsumIPv6:     !s.noCsumIPv6,
+		VarRedirectBack:    s.redirectBack,
+		VarFacesClients:    !s.backendsOnly,
 	}
 }
 
@@ -380,9 +386,12 @@ func (w want) fits(a Action) bool {
 	case ActionDrop:
 		return w.action == shot && len(w.events) == 0
 	default:
-		return w.action == redirect
+		return w.sent()
 	}
 }
+
+// sent reports whether the case wants the frame to leave.
+func (w want) sent() bool { return w.action == redirect || w.action == transmit }
 
 func pass(reason Reason) want { return want{action: next, reason: reason} }
 func drop(reason Reason) want { return want{action: shot, reason: reason} }
@@ -411,21 +420,25 @@ func (r *rig) outcome(program string, in []byte, ctx skbuff, w want) []byte {
 	if moved != expected {
 		r.Errorf("counted %s, want %s", counted(moved), counted(expected))
 	}
-	if diff := cmp.Diff(w.events, r.events(start)); diff != "" {
-		r.Errorf("events (-want +got):\n%s", diff)
+	// cmp takes its time, and is only asked what is different.
+	if got := r.events(start); !reflect.DeepEqual(got, w.events) {
+		r.Errorf("events (-want +got):\n%s", cmp.Diff(w.events, got))
 	}
 	return out
 }
 
 func (r *rig) run(program string, in []byte, ctx skbuff) ([]byte, int) {
 	r.Helper()
+	*r.total++
+	if r.set.xdp {
+		return r.runXDP(in, ctx)
+	}
 	opts := ebpf.RunOptions{Data: in, DataOut: make([]byte, len(in)+256), Context: &ctx}
 	var ret uint32
 	r.ns.try(r, func() (err error) {
 		ret, err = r.coll.Programs[program].Run(&opts)
 		return err
 	})
-	*r.total++
 	return opts.DataOut, int(int32(ret))
 }
 
@@ -442,7 +455,7 @@ func (r *rig) expectSkb(program string, in []byte, ctx skbuff, w want) {
 		w.frame = in
 	}
 	sameFrame(r, out, w.frame)
-	if w.action == redirect {
+	if w.sent() {
 		wellFormed(r, out)
 	}
 }

@@ -137,29 +137,36 @@ var tagged = []struct {
 // What the parser refuses goes on as it came, whatever the program; the engine's
 // own device has nothing to pass on.
 func TestParse(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowDrop)
-	r.connect()
-	for _, f := range families {
-		for _, tag := range tagged {
-			for _, m := range append(mutations[f.name], mutations["both"]...) {
-				stacked := m.reason == bpfReasonREASON_VLAN_STACKED
-				if stacked && tag.tags == nil {
-					continue
-				}
-				t.Run(f.name+"/"+tag.name+"/"+m.name, func(t *testing.T) {
-					r := r.with(t)
-					r.refuse(f.clientSegment(ack), tag.tags, m, ProgramClient, pass(m.reason))
-					r.refuse(f.backendSegment(ack), tag.tags, m, ProgramBackend, pass(m.reason))
-					onTap := drop(bpfReasonREASON_JUNK)
-					if m.name == "ICMP" || m.name == "ICMPv6" {
-						onTap = drop(bpfReasonREASON_NO_NEXTHOP) // the engine's own, to a next hop that is not there
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowDrop)
+		r.connect()
+		for _, f := range families {
+			for _, tag := range tagged {
+				for _, m := range append(mutations[f.name], mutations["both"]...) {
+					stacked := m.reason == bpfReasonREASON_VLAN_STACKED
+					if stacked && tag.tags == nil {
+						continue
 					}
-					r.refuse(f.backendSegment(ack), tag.tags, m, ProgramTap, onTap)
-				})
+					t.Run(f.name+"/"+tag.name+"/"+m.name, func(t *testing.T) {
+						r := r.with(t)
+						icmp, onTap, w := m.name == "ICMP" || m.name == "ICMPv6", drop(bpfReasonREASON_JUNK), pass(m.reason)
+						if icmp && r.set.xdp {
+							w = pass(bpfReasonREASON_LEFT_ICMP)
+						}
+						r.refuse(f.clientSegment(ack), tag.tags, m, ProgramClient, w)
+						r.refuse(f.backendSegment(ack), tag.tags, m, ProgramBackend, w)
+						if r.set.xdp {
+							return // that has no such program
+						}
+						if icmp {
+							onTap = drop(bpfReasonREASON_NO_NEXTHOP) // the engine's own, to a next hop that is not there
+						}
+						r.refuse(f.backendSegment(ack), tag.tags, m, ProgramTap, onTap)
+					})
+				}
 			}
 		}
-	}
+	})
 }
 
 func (r *rig) refuse(s segment, tags []vlan, m mutation, program string, w want) {
@@ -172,104 +179,109 @@ func (r *rig) refuse(s segment, tags []vlan, m mutation, program string, w want)
 
 // A frame that ends anywhere before the end of its packet is malformed.
 func TestParseTruncated(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowDrop)
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		s := f.clientSegment(ack)
-		s.options, s.payload = []byte{1, 1, 1, 1}, []byte("8 octets")
-		for _, tag := range tagged {
-			s.tags = tag.tags
-			frame := s.frame()
-			// A program run wants a whole IP header where Ethernet names IP.
-			start := s.l4()
-			if len(tag.tags) > 0 {
-				start = 15
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowDrop)
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			s := f.clientSegment(ack)
+			s.options, s.payload = []byte{1, 1, 1, 1}, []byte("8 octets")
+			for _, tag := range tagged {
+				s.tags = tag.tags
+				frame := s.frame()
+				// A program run wants a whole IP header where Ethernet names IP.
+				start := s.l4()
+				if len(tag.tags) > 0 {
+					start = 15
+				}
+				for n := start; n < len(frame); n++ {
+					r.expect(ProgramClient, frame[:n], pass(bpfReasonREASON_MALFORMED))
+				}
+				r.expect(ProgramClient, frame, drop(bpfReasonREASON_UNKNOWN_DROP))
 			}
-			for n := start; n < len(frame); n++ {
-				r.expect(ProgramClient, frame[:n], pass(bpfReasonREASON_MALFORMED))
-			}
-			r.expect(ProgramClient, frame, drop(bpfReasonREASON_UNKNOWN_DROP))
-		}
+		})
 	})
 }
 
 // A frame that is short on the IP header's own length, and one where the length
 // says less than the frame holds.
 func TestParseOptionsBeyondFrame(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowDrop)
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		s := f.clientSegment(ack)
-		// TCP says 60 bytes, the packet has 20, the frame 60 of padding: in reach of
-		// the frame, not of the packet.
-		s.padding = make([]byte, 60)
-		frame := setTCPOffset(15)(s.frame(), s.l3(), s.l4())
-		r.expect(ProgramClient, frame, pass(bpfReasonREASON_MALFORMED))
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowDrop)
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			s := f.clientSegment(ack)
+			// TCP says 60 bytes, the packet has 20, the frame 60 of padding: in reach of
+			// the frame, not of the packet.
+			s.padding = make([]byte, 60)
+			frame := setTCPOffset(15)(s.frame(), s.l3(), s.l4())
+			r.expect(ProgramClient, frame, pass(bpfReasonREASON_MALFORMED))
+		})
 	})
 }
 
 // Good packets of every shape get past the parser, to be told by address and port.
 func TestParseGood(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowDrop)
-	r.connect()
-	for _, f := range families {
-		for _, tag := range tagged {
-			for _, options := range []int{0, 4, 20, 40} {
-				for _, padding := range []int{0, 1, 20} {
-					s := f.clientSegment(ack)
-					s.tags, s.options, s.padding = tag.tags, make([]byte, options), make([]byte, padding)
-					r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_DROP))
-					s.dst = netip.AddrPortFrom(s.dst.Addr(), vipPort+1)
-					r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_NOT_OURS))
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowDrop)
+		r.connect()
+		for _, f := range families {
+			for _, tag := range tagged {
+				for _, options := range []int{0, 4, 20, 40} {
+					for _, padding := range []int{0, 1, 20} {
+						s := f.clientSegment(ack)
+						s.tags, s.options, s.padding = tag.tags, make([]byte, options), make([]byte, padding)
+						r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_DROP))
+						s.dst = netip.AddrPortFrom(s.dst.Addr(), vipPort+1)
+						r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_NOT_OURS))
+					}
 				}
 			}
 		}
-	}
+	})
 }
 
 // Don't-fragment, the reserved bit and every DSCP are no reason to refuse.
 func TestParseHarmlessBits(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowDrop)
-	s := families[0].clientSegment(ack)
-	for _, bits := range []byte{0x00, 0x40, 0x80, 0xc0} {
-		frame := s.frame()
-		frame[s.l3()+6] = bits
-		r.expect(ProgramClient, frame, drop(bpfReasonREASON_UNKNOWN_DROP))
-	}
-	for _, f := range families {
-		for tos := range 256 {
-			s := f.clientSegment(ack)
-			s.tos = uint8(tos)
-			r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_DROP))
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowDrop)
+		s := families[0].clientSegment(ack)
+		for _, bits := range []byte{0x00, 0x40, 0x80, 0xc0} {
+			frame := s.frame()
+			frame[s.l3()+6] = bits
+			r.expect(ProgramClient, frame, drop(bpfReasonREASON_UNKNOWN_DROP))
 		}
-	}
+		for _, f := range families {
+			for tos := range 256 {
+				s := f.clientSegment(ack)
+				s.tos = uint8(tos)
+				r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_DROP))
+			}
+		}
+	})
 }
 
 // Whose packet it is: a bit of the port, then the address with the port.
 func TestNotOurs(t *testing.T) {
-	r := newRig(t, settings{})
-	r.listen(UnknownFlowDrop)
-	bothFamilies(t, func(t *testing.T, f family) {
-		r := r.with(t)
-		for _, flags := range []uint16{syn, ack, ack | psh, rst, fin | ack, syn | ack, 0} {
-			s := f.clientSegment(flags)
-			for port := range uint16(1024) { // every bit of 16 words
-				if port == vipPort {
-					continue
+	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowDrop)
+		bothFamilies(t, func(t *testing.T, f family) {
+			r := r.with(t)
+			for _, flags := range []uint16{syn, ack, ack | psh, rst, fin | ack, syn | ack, 0} {
+				s := f.clientSegment(flags)
+				for port := range uint16(1024) { // every bit of 16 words
+					if port == vipPort {
+						continue
+					}
+					if s.dst = netip.AddrPortFrom(f.vip.Addr(), port); flags != syn && port%64 != vipPort%64 {
+						continue
+					}
+					r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_NOT_OURS))
 				}
-				if s.dst = netip.AddrPortFrom(f.vip.Addr(), port); flags != syn && port%64 != vipPort%64 {
-					continue
+				for _, addr := range []netip.Addr{f.source.Addr(), f.client.Addr(), f.vip.Addr().Next(), f.vip.Addr().Prev()} {
+					s.dst = netip.AddrPortFrom(addr, vipPort)
+					r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_NOT_OURS))
 				}
-				r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_NOT_OURS))
 			}
-			for _, addr := range []netip.Addr{f.source.Addr(), f.client.Addr(), f.vip.Addr().Next(), f.vip.Addr().Prev()} {
-				s.dst = netip.AddrPortFrom(addr, vipPort)
-				r.expect(ProgramClient, s.frame(), pass(bpfReasonREASON_NOT_OURS))
-			}
-		}
+		})
 	})
 }

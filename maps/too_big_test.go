@@ -8,11 +8,17 @@ import (
 	"testing"
 )
 
-func overMTU(s *segment) { s.payload = make([]byte, nexthopMTU+1-len(s.packet())) }
+func overMTU(s *segment) {
+	s.payload = nil
+	s.payload = make([]byte, nexthopMTU+1-len(s.packet()))
+}
 
 // tooBig is what the engine has to be told of a packet that does not fit: all of it,
-// and what would.
-func tooBig(s segment, leg Leg, worker int, mtu uint16) want {
+// and what would. XDP leaves that to TC.
+func (r *rig) tooBig(s segment, leg Leg, worker int, mtu uint16) want {
+	if r.set.xdp {
+		return pass(bpfReasonREASON_LEFT_TOO_BIG)
+	}
 	e := eventOf(s, EventTooBig, EventData)
 	e.Leg, e.Worker, e.MTU = leg, worker, mtu
 	return told(bpfReasonREASON_TOO_BIG_CUT, e)
@@ -40,29 +46,30 @@ func TestFlowTooBig(t *testing.T) {
 		"padding":      func(s *segment) { s.padding = []byte("pad") },
 		"bad checksum": func(s *segment) { s.wrong = 1 },
 	}
-	r := newFlowRig(t, settings{workers: 5})
-	bothLegs(t, func(t *testing.T, f family, leg Leg) {
-		for i, mtu := range []uint16{576, 1280, 1500, 2000} {
-			for name, change := range changes {
-				t.Run(fmt.Sprint(mtu, "/", name), func(t *testing.T) {
-					r := r.with(t)
-					r.hop(mtu)
-					before := r.bind(f, leg, func(e *Entry) { e.Flow.Control = FlowControl(nexthopIndex, 3, i+1) })
-					s := f.legSegment(leg, ack|psh)
-					change(&s)
-					fits := int(mtu) - len(s.packet())
-					for _, size := range []int{fits + 1, fits + 999} {
-						s.payload = make([]byte, size)
-						r.expect(program(leg), s.frame(), tooBig(s, leg, i+1, mtu))
-						r.untouched(f, leg, before)
-					}
-					s.payload = make([]byte, fits)
-					if s.wrong == 0 {
-						r.expectForward(f, leg, s, skbuff{})
-					}
-				})
+	skins(t, newFlowRig, settings{workers: 5}, func(t *testing.T, r *rig) {
+		bothLegs(t, func(t *testing.T, f family, leg Leg) {
+			for i, mtu := range []uint16{576, 1280, 1500, 2000} {
+				for name, change := range changes {
+					t.Run(fmt.Sprint(mtu, "/", name), func(t *testing.T) {
+						r := r.with(t)
+						r.hop(mtu)
+						before := r.bind(f, leg, func(e *Entry) { e.Flow.Control = FlowControl(nexthopIndex, 3, i+1) })
+						s := f.legSegment(leg, ack|psh)
+						change(&s)
+						fits := int(mtu) - len(s.packet())
+						for _, size := range []int{fits + 1, fits + 999} {
+							s.payload = make([]byte, size)
+							r.expect(program(leg), s.frame(), r.tooBig(s, leg, i+1, mtu))
+							r.untouched(f, leg, before)
+						}
+						s.payload = make([]byte, fits)
+						if s.wrong == 0 {
+							r.expectForward(f, leg, s, skbuff{})
+						}
+					})
+				}
 			}
-		}
+		})
 	})
 }
 
@@ -79,8 +86,8 @@ func TestFlowGSOTooBig(t *testing.T) {
 		r.expectForward(f, leg, s, skbuff{GSOSegs: 3, GSOSize: fits})
 		r.expectForward(f, leg, s, skbuff{GSOSize: fits})
 		before := r.entry(f, leg)
-		r.expectSkb(program(leg), s.frame(), skbuff{GSOSegs: 3, GSOSize: fits + 1}, tooBig(s, leg, 2, nexthopMTU))
-		r.expectSkb(program(leg), s.frame(), skbuff{GSOSize: fits + 1}, tooBig(s, leg, 2, nexthopMTU))
+		r.expectSkb(program(leg), s.frame(), skbuff{GSOSegs: 3, GSOSize: fits + 1}, r.tooBig(s, leg, 2, nexthopMTU))
+		r.expectSkb(program(leg), s.frame(), skbuff{GSOSize: fits + 1}, r.tooBig(s, leg, 2, nexthopMTU))
 		r.untouched(f, leg, before)
 	})
 }
@@ -94,7 +101,7 @@ func TestTapReplayTooBig(t *testing.T) {
 		before := r.bind(f, leg, func(e *Entry) { e.Flow.Control = FlowControl(nexthopIndex, 0, 1) })
 		s := f.legSegment(leg, ack)
 		overMTU(&s)
-		r.expect(ProgramTap, tapFrame(s, requests[leg], 0), tooBig(s, leg, 1, nexthopMTU))
+		r.expect(ProgramTap, tapFrame(s, requests[leg], 0), r.tooBig(s, leg, 1, nexthopMTU))
 		r.untouched(f, leg, before)
 	})
 }
@@ -109,11 +116,11 @@ func TestFlowTooBigLimit(t *testing.T) {
 		overMTU(&s)
 		second := r.wholeSecond()
 		r.allow(EventTooBig, second, eventsPerSecond-1)
-		r.expect(program(leg), s.frame(), tooBig(s, leg, 0, nexthopMTU))
+		r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
 		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
 		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
 		r.allow(EventTooBig, second-1, 1<<40)
-		r.expect(program(leg), s.frame(), tooBig(s, leg, 0, nexthopMTU))
+		r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
 		r.untouched(f, leg, before)
 	})
 }
@@ -134,7 +141,7 @@ func TestAllowances(t *testing.T) {
 		}{
 			EventUnknown: {ProgramClient, stranger.frame(), unknown(stranger), drop(bpfReasonREASON_UNKNOWN_LIMITED)},
 			EventICMP:    {program(leg), e.frame(), e.event(leg, 0), drop(bpfReasonREASON_ICMP_LIMITED)},
-			EventTooBig:  {program(leg), big.frame(), tooBig(big, leg, 0, nexthopMTU), drop(bpfReasonREASON_TOO_BIG)},
+			EventTooBig:  {program(leg), big.frame(), r.tooBig(big, leg, 0, nexthopMTU), drop(bpfReasonREASON_TOO_BIG)},
 		}
 		for flooded := range kinds {
 			second := r.wholeSecond()
@@ -189,7 +196,7 @@ func TestFlowTooBigRingFull(t *testing.T) {
 		r.countedFull(program(leg), s.frame(), bpfReasonREASON_TOO_BIG)
 		r.untouched(f, leg, before)
 		r.events(0)
-		r.expect(program(leg), s.frame(), tooBig(s, leg, 0, nexthopMTU))
+		r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
 	})
 }
 
