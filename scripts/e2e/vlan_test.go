@@ -29,8 +29,9 @@ func TestVLAN(t *testing.T) {
 		t.Run(c.iface, func(t *testing.T) {
 			bed := newBed(t, testbed.Options{VLANs: true})
 			startBackends(t, bed)
-			bed.Uplinks = []string{c.iface}
-			attach(t, bed, siteRoutes(bed))
+			bed.Uplinks = []string{c.iface + "=" + *mode}
+			// Not the common mode: that would be asked of the backends' interface too, a VLAN's device.
+			attach(t, bed, siteRoutes(bed), "--mode", "tc")
 			families(t, func(t *testing.T, v6 bool) {
 				got, err := curl(t, bed, vip(bed, v6), "a.example.com")
 				wantBody(t, got, err, "b1", "a.example.com")

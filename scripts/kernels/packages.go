@@ -24,6 +24,24 @@ var concrete = regexp.MustCompile(`^linux-image-(\d+\.\d+)(\.\S+?)-((?:[a-z]+-)?
 
 // offered lists the kernels that Debian's packages offer: the newest of each series and flavour, oldest series first.
 func offered() ([]string, error) {
+	names, err := search()
+	if err == nil && len(names) == 0 { // a new machine, or a container's
+		if err = update(); err == nil {
+			names, err = search()
+		}
+	}
+	if err == nil && len(names) == 0 {
+		err = errors.New("apt knows no kernel: has /etc/apt/sources.list one of Debian's archives?")
+	}
+	return names, err
+}
+
+func update() error {
+	_, err := command("apt-get", "-q", "update")
+	return err
+}
+
+func search() ([]string, error) {
 	out, err := command("apt-cache", "search", "--names-only", "^linux-image-[0-9].*-amd64$")
 	if err != nil {
 		return nil, err
@@ -91,10 +109,17 @@ var moduleNames = []string{"llc", "stp", "garp", "mrp", "8021q", "bridge", "veth
 // fetch downloads a package into a directory, unless it is there, and returns its file.
 func fetch(dir, name string) (string, error) {
 	// apt knows the file's name and its sum, and leaves a file alone that is right.
-	cmd := exec.Command("apt-get", "-q", "download", name)
-	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("apt-get download %s: %w; if its lists are old: apt-get update\n%s", name, err, out)
+	download := func() error {
+		cmd := exec.Command("apt-get", "-q", "download", name)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("apt-get download %s: %w\n%s", name, err, out)
+		}
+		return nil
+	}
+	// Its lists may be older than the archive, which keeps no version for long.
+	if err := download(); err != nil && errors.Join(update(), download()) != nil {
+		return "", fmt.Errorf("%w; see which kernels there are now: go run ./scripts/kernels -list", err)
 	}
 	out, err := command("apt-get", "-q", "download", "--print-uris", name)
 	if err != nil {
