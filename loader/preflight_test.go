@@ -153,3 +153,28 @@ func TestPreflightCapabilities(t *testing.T) {
 		})
 	}
 }
+
+// What preflight takes for enough is enough: to attach, in every mode, and to leave nothing.
+func TestFewCapabilities(t *testing.T) {
+	for _, mode := range []Mode{ModeTC, ModeXDP, ModeXDPGeneric} {
+		ns := newNetns(t)
+		addXDPVeth(t, "eth0", "10.9.0.1/24")
+		before := snapshot(t, ns)
+		o := testOptions(t, "eth0")
+		o.Mode = mode
+		capable(t, []int{unix.CAP_NET_ADMIN, unix.CAP_BPF, unix.CAP_PERFMON}, func() {
+			i, err := Load(o)
+			if err != nil {
+				t.Errorf("load in mode %s: %v", mode, err)
+				return
+			}
+			if err := i.Attach(); err != nil {
+				t.Errorf("attach in mode %s: %v", mode, err)
+			}
+			if err := i.Close(); err != nil {
+				t.Errorf("close in mode %s: %v", mode, err)
+			}
+		})
+		wantSame(t, snapshot(t, ns), before)
+	}
+}

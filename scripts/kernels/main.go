@@ -102,7 +102,7 @@ func runAll(cache string, kernels []string, steps []plan.Step, timeout time.Dura
 // between kernels. Some of the others ask for what kernels before 6.3 or 6.6 do not have.
 const (
 	programTests = "^TestVerifierBudget$"
-	loaderTests  = "^Test(Preflight.*|CloseLeavesNothing|ClsactOfOthersStays|PacketPasses|LeftoversAreRemoved|OneArmedOrder" +
+	loaderTests  = "^Test(Preflight.*|FewCapabilities|CloseLeavesNothing|ClsactOfOthersStays|PacketPasses|LeftoversAreRemoved|OneArmedOrder" +
 		"|LoadedProgramsWork|XDPPasses|XDPLeftoversAreRemoved|XDPOldKernel)$"
 )
 
