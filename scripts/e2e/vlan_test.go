@@ -31,11 +31,28 @@ func TestVLAN(t *testing.T) {
 			startBackends(t, bed)
 			bed.Uplinks = []string{c.iface + "=" + *mode}
 			// Not the common mode: that would be asked of the backends' interface too, a VLAN's device.
-			attach(t, bed, siteRoutes(bed), "--mode", "tc")
+			d := attach(t, bed, siteRoutes(bed), "--mode", "tc")
 			families(t, func(t *testing.T, v6 bool) {
 				got, err := curl(t, bed, vip(bed, v6), "a.example.com")
 				wantBody(t, got, err, "b1", "a.example.com")
 			})
+			wantAnswers(t, d)
 		})
 	}
+}
+
+// wantAnswers looks that both clients' SYNs were answered by the program of this mode, and not by the one behind it.
+func wantAnswers(t *testing.T, d *daemon) {
+	t.Helper()
+	role := "client"
+	if *mode != "tc" {
+		role = "xdp"
+	}
+	c := d.counters()
+	for _, i := range c.Interfaces {
+		if i.Role == role && i.Packets["answer/syn"] >= 2 {
+			return
+		}
+	}
+	t.Errorf("the %s program answered no two SYNs: %+v", role, c.Interfaces)
 }
