@@ -19,6 +19,10 @@ TOOLS            ?= $(HOME)/.cache/snilb-tools
 GOLANGCI_VERSION := v2.12.2
 GOLANGCI         := $(TOOLS)/golangci-lint-$(GOLANGCI_VERSION)
 
+# Downloaded kernels, and which to boot: package names, or all that Debian offers.
+KERNEL_CACHE ?= $(HOME)/.cache/snilb-kernels
+KERNELS      ?=
+
 # What the end-to-end tests attach as (tc, xdp, xdp-generic), one run each.
 MODES    ?= tc
 FUZZTIME ?= 30s
@@ -29,7 +33,7 @@ GENERATED   = $(addprefix maps/,snilb_bpfel.o snilb_bpfel.go snilb_xdp_bpfel.o s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-tools lint unit e2e bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
+.PHONY: help build test test-tools test-kernels lint unit e2e bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +47,10 @@ test: test-tools lint generate-check unit e2e bench-short ## everything that mus
 test-tools: ## install what the tests need (Debian packages, golangci-lint)
 	@scripts/install-test-tools.sh
 	@$(MAKE) --no-print-directory $(GOLANGCI)
+
+test-kernels: ## a part of the tests on Debian's kernels, each booted under qemu; minutes a kernel (MODES="tc xdp", KERNELS=...)
+	@scripts/install-test-tools.sh qemu-system-x86 xz-utils
+	$(GO) run ./scripts/kernels -cache "$(KERNEL_CACHE)" -modes "$(MODES)" -kernels "$(KERNELS)"
 
 lint: $(GOLANGCI) ## gofmt, go vet, golangci-lint, clang-format
 	@unformatted=$$(gofmt -l $(GO_FOLDERS)); \

@@ -64,7 +64,7 @@ static __noinline bool event_send(frame_t *f, const struct packet *pkt, struct e
 	captured = pkt->length;
 	if (captured > limit)
 		captured = limit;
-	if (captured < 1 || captured > EVENT_DATA)
+	if (!length_is_within(captured, 1, EVENT_DATA))
 		return false;
 	s->header.time = bpf_ktime_get_coarse_ns();
 	s->header.ifindex = frame_ifindex(f);

@@ -49,6 +49,16 @@ struct headers {
 	struct tcphdr *tcp;
 };
 
+/* Whether a number of bytes is in these limits, both ends included. Of one comparison for
+ * both, which the compiler would make, or of one with 0 in place of 1, Linux 6.1 does not
+ * learn the lower limit: so the compiler must not know it.
+ */
+static __always_inline bool length_is_within(__u32 length, __u32 least, __u32 most)
+{
+	barrier_var(least);
+	return length >= least && length <= most;
+}
+
 static __always_inline void address_map4(__be32 to[4], __be32 from)
 {
 	to[0] = 0;

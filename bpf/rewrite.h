@@ -78,7 +78,7 @@ static __noinline __s64 rewrite_options(frame_t *f, __u32 at, __u32 len, struct 
 	struct options o = {.len = len};
 	__u32 old;
 
-	if (!flow || len < 4 || len > TCPOPT_MAX)
+	if (!flow || !length_is_within(len, 4, TCPOPT_MAX))
 		return -1;
 	o.ack = flow->ack;
 	o.tsval = flow->tsval;

@@ -117,7 +117,7 @@ static __noinline __s64 synack_payload_sum(frame_t *f, __u32 at, __u32 len)
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
 	__u32 sum = 0;
 
-	if (!s || len < 1 || len > SYN_PAYLOAD_MAX)
+	if (!s || !length_is_within(len, 1, SYN_PAYLOAD_MAX))
 		return -1;
 	if (frame_load(f, at, s->data, len))
 		return -1;
@@ -307,7 +307,7 @@ static __noinline int synack_make(frame_t *f, struct packet *pkt, struct live *c
 	if (!ctl || !pkt)
 		return -1;
 	len = pkt->header;
-	if (len < sizeof(struct tcphdr) || len > TCP_HEADER_MAX)
+	if (!length_is_within(len, sizeof(struct tcphdr), TCP_HEADER_MAX))
 		return -1;
 	if (frame_load(f, pkt->l4, s.header, len))
 		return -1;

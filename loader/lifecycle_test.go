@@ -22,9 +22,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bothHooks runs a test with tcx and as on a kernel without it.
+// bothHooks runs a test with tcx, if this kernel has it, and as on a kernel without it.
 func bothHooks(t *testing.T, test func(t *testing.T, kind string, clsact bool)) {
-	t.Run("tcx", func(t *testing.T) { test(t, "tcx", false) })
+	_, err := link.QueryPrograms(link.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
+	if !errors.Is(err, unix.EINVAL) {
+		t.Run("tcx", func(t *testing.T) { test(t, "tcx", false) })
+	}
 	t.Run("clsact", func(t *testing.T) { test(t, "clsact", true) })
 }
 

@@ -103,7 +103,7 @@ func sendFar(t *testing.T, ns *namespace, name, prefix string) (*namespace, net.
 	must(t, netns.Set(ns.fd))
 	must(t, netlink.LinkSetNsFd(device(t, name+"-far"), int(fd)))
 	far := &namespace{fd: fd}
-	far.Handle, err = netlink.NewHandleAt(fd)
+	far.Handle, err = netlink.NewHandleAt(fd, unix.NETLINK_ROUTE)
 	must(t, err)
 	t.Cleanup(func() { must(t, far.close()) })
 	peer, err := far.LinkByName(name + "-far")

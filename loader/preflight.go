@@ -87,13 +87,7 @@ func checkKernel() []Problem {
 	var problems []Problem
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err == nil {
-		release := unix.ByteSliceToString(uts.Release[:])
-		if major, minor, ok := parseRelease(release); ok && (major < minMajor || major == minMajor && minor < minMinor) {
-			problems = append(problems, Problem{
-				What:   "kernel " + release + " is too old",
-				Remedy: fmt.Sprintf("run Linux %d.%d or newer", minMajor, minMinor),
-			})
-		}
+		problems = checkRelease(unix.ByteSliceToString(uts.Release[:]))
 	}
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
 		problems = append(problems, Problem{
@@ -102,6 +96,17 @@ func checkKernel() []Problem {
 		})
 	}
 	return problems
+}
+
+func checkRelease(release string) []Problem {
+	major, minor, ok := parseRelease(release)
+	if !ok || major > minMajor || major == minMajor && minor >= minMinor {
+		return nil
+	}
+	return []Problem{{
+		What:   "kernel " + release + " is too old",
+		Remedy: fmt.Sprintf("run Linux %d.%d or newer", minMajor, minMinor),
+	}}
 }
 
 func parseRelease(release string) (major, minor int, ok bool) {

@@ -38,6 +38,13 @@ func verifierCost(t *testing.T, name string) cost {
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
 		Programs: ebpf.ProgramOptions{LogLevel: ebpf.LogLevelStats},
 	})
+	if err != nil {
+		_, err = ebpf.NewCollection(spec) // now with the reason, at the end of the way there
+		var refused *ebpf.VerifierError
+		if errors.As(err, &refused) {
+			t.Fatalf("%v\n%s", err, strings.Join(refused.Log[max(0, len(refused.Log)-40):], "\n"))
+		}
+	}
 	must(t, err)
 	defer coll.Close()
 	c, err := parseCost(coll.Programs[name].VerifierLog)
@@ -93,8 +100,10 @@ func TestParseCost(t *testing.T) {
 func TestVerifierBudget(t *testing.T) {
 	got := make(map[string]cost)
 	for _, name := range []string{ProgramClient, ProgramBackend, ProgramTap, ProgramXDP} {
-		got[name] = verifierCost(t, name)
-		t.Logf("%s: %+v", name, got[name])
+		t.Run(name, func(t *testing.T) {
+			got[name] = verifierCost(t, name)
+			t.Logf("%s: %+v", name, got[name])
+		})
 	}
 	if os.Getenv("SNILB_BUDGET") == "write" {
 		writeBudget(t, got)

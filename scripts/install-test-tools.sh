@@ -1,11 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# Installs what `make test` runs, on Debian 12 and its relatives. Does nothing, and needs no network, when all is there.
+# Installs what `make test` runs, and packages named as arguments, on Debian 12 and its relatives. Does nothing, and needs no network, when all is there.
 set -eu
 
 packages="clang-19 llvm-19 clang-format-19 libbpf-dev nginx-light libnginx-mod-stream haproxy sniproxy curl openssl gnutls-bin
-	iproute2 nftables ethtool tcpdump iputils-ping openssh-client util-linux gcc libc6-dev git ca-certificates"
+	iproute2 nftables ethtool tcpdump iputils-ping openssh-client util-linux gcc libc6-dev git ca-certificates $*"
 
 missing=
 for p in $packages; do
@@ -15,7 +15,7 @@ done
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" != 0 ]; then
-	echo "missing:$missing; run: sudo make test-tools" >&2
+	echo "missing:$missing; run the same as root" >&2
 	exit 1
 fi
 

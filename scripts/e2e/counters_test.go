@@ -31,6 +31,7 @@ type counters struct {
 		} `json:"decisions"`
 	} `json:"engine"`
 	Interfaces []struct {
+		Role    string            `json:"role"`
 		Packets map[string]uint64 `json:"packets"`
 	} `json:"interfaces"`
 }

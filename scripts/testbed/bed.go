@@ -45,6 +45,9 @@ type Options struct {
 	// ClientHop and BackendHop put two routers with a link of that MTU between them into a leg. Only for Routed, without
 	// Wires, and without [Raw] clients.
 	ClientHop, BackendHop int
+	// VLANs puts the addresses of both legs on VLAN devices, 100 towards clients and 200 towards backends. Tags are in the
+	// frames, as XDP wants them, and not beside them. Only for Routed, alone.
+	VLANs bool
 }
 
 // Bed is a network of namespaces that is up. Its fields are set by [New] and only read afterwards.
@@ -146,8 +149,8 @@ func (o Options) withDefaults() Options {
 
 func (o Options) check() error {
 	hops := o.ClientHop != 0 || o.BackendHop != 0
-	if (hops || o.Wires) && o.Topology != Routed || hops && o.Wires {
-		return errors.New("wires, or hops, are for the topology Routed")
+	if (hops || o.Wires || o.VLANs) && o.Topology != Routed || hops && o.Wires || o.VLANs && (hops || o.Wires) {
+		return errors.New("wires, or hops, or VLANs, are for the topology Routed")
 	}
 	return nil
 }
@@ -204,7 +207,7 @@ func (b *Bed) plan() {
 		b.VIP4, b.VIP6 = nth(h.net4, 1), nth(h.net6, 1)
 	}
 	b.ExtraVIP4, b.ExtraVIP6 = extraVIP4, extraVIP6
-	b.Uplinks = []string{"eth0"}
+	b.Uplinks = []string{vlanName("eth0", b.clientVLAN())}
 	if b.opts.Topology == TwoUplinks {
 		b.Uplinks = append(b.Uplinks, "eth2")
 	}
@@ -222,6 +225,17 @@ func (b *Bed) plan() {
 	}
 }
 
+// The VLANs of Options.VLANs; 0 is none.
+func (b *Bed) clientVLAN() int  { return ifSet(b.opts.VLANs, 100) }
+func (b *Bed) backendVLAN() int { return ifSet(b.opts.VLANs, 200) }
+
+func ifSet(set bool, vlan int) int {
+	if !set {
+		return 0
+	}
+	return vlan
+}
+
 // leg is one cable: the load balancer's end, and the end and addresses of the other side.
 type leg struct {
 	lbDev   string
@@ -235,17 +249,18 @@ type leg struct {
 	gateway bool // the far side's default route is this leg
 	wire    *Wire
 	hop     *hop
+	vlan    int // the addresses are on its devices, at both ends
 }
 
 func (b *Bed) legs() []leg {
 	o := b.opts
 	legs := []leg{
-		{"eth0", b.Client, "eth0", o.ClientMTU, clientNet4, clientNet6, b.Clients4, b.Clients6, true, b.ClientWire, b.clientHop},
-		{"eth1", b.Backend, "eth0", o.BackendMTU, backendNet4, backendNet6, b.Backends4, b.Backends6, true, b.BackendWire, b.backendHop},
+		{"eth0", b.Client, "eth0", o.ClientMTU, clientNet4, clientNet6, b.Clients4, b.Clients6, true, b.ClientWire, b.clientHop, b.clientVLAN()},
+		{"eth1", b.Backend, "eth0", o.BackendMTU, backendNet4, backendNet6, b.Backends4, b.Backends6, true, b.BackendWire, b.backendHop, b.backendVLAN()},
 	}
 	if o.Topology == TwoUplinks {
 		far4, far6 := []netip.Addr{nth(uplinkNet4, 2)}, []netip.Addr{nth(uplinkNet6, 2)}
-		legs = append(legs, leg{"eth2", b.Client, "eth1", o.ClientMTU, uplinkNet4, uplinkNet6, far4, far6, false, nil, nil})
+		legs = append(legs, leg{"eth2", b.Client, "eth1", o.ClientMTU, uplinkNet4, uplinkNet6, far4, far6, false, nil, nil, 0})
 	}
 	return legs
 }
@@ -277,6 +292,9 @@ func (b *Bed) connect(l leg) error {
 	if err := b.cable(l); err != nil {
 		return err
 	}
+	if err := l.tag(b.LB); err != nil {
+		return err
+	}
 	if err := b.LB.setUp(l.lbDev, bits(l.net4, nth(l.net4, 1)), bits(l.net6, nth(l.net6, 1))); err != nil {
 		return err
 	}
@@ -288,6 +306,16 @@ func (b *Bed) connect(l leg) error {
 		return l.far.defaultRoute(l.farDev, nth(l.net4, 1), nth(l.net6, 1))
 	}
 	return nil
+}
+
+// tag puts VLAN devices on both ends of a leg that has a VLAN, and makes them its ends.
+func (l *leg) tag(lb *NS) error {
+	if l.vlan == 0 {
+		return nil
+	}
+	err := errors.Join(lb.addVLAN(l.lbDev, l.vlan), l.far.addVLAN(l.farDev, l.vlan))
+	l.lbDev, l.farDev = vlanName(l.lbDev, l.vlan), vlanName(l.farDev, l.vlan)
+	return err
 }
 
 // cable joins the two ends of a leg, by a wire if it has one.

@@ -54,6 +54,50 @@ func veth(a *NS, aDev string, z *NS, zDev string, mtu int) error {
 	return nil
 }
 
+// vlanName is how a device's VLAN is called; VLAN 0 is the device itself.
+func vlanName(dev string, vlan int) string {
+	if vlan == 0 {
+		return dev
+	}
+	return fmt.Sprintf("%s.%d", dev, vlan)
+}
+
+// addVLAN turns a device on and adds one of its VLANs.
+func (ns *NS) addVLAN(dev string, vlan int) error {
+	if err := ns.setUp(dev); err != nil {
+		return err
+	}
+	if err := ns.Do(func() error { return tagInFrame(dev) }); err != nil {
+		return err
+	}
+	return ns.withLink(dev, func(h *netlink.Handle, below netlink.Link) error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.ParentIndex = vlanName(dev, vlan), below.Attrs().Index
+		if err := h.LinkAdd(&netlink.Vlan{LinkAttrs: attrs, VlanId: vlan}); err != nil {
+			return fmt.Errorf("add VLAN %d to %s: %w", vlan, dev, err)
+		}
+		return nil
+	})
+}
+
+// tagInFrame is ethtool -K DEV txvlan off: otherwise a veth hands the tag over beside the frame, where XDP cannot see it.
+func tagInFrame(dev string) error {
+	const txVLAN = 1 << 7 // ETH_FLAG_TXVLAN of <linux/ethtool.h>
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	flags, err := ethtool(fd, dev, unix.ETHTOOL_GFLAGS, 0)
+	if err != nil {
+		return fmt.Errorf("read the flags of %s: %w", dev, err)
+	}
+	if _, err := ethtool(fd, dev, unix.ETHTOOL_SFLAGS, flags&^txVLAN); err != nil {
+		return fmt.Errorf("keep VLAN tags of %s in the frame: %w", dev, err)
+	}
+	return nil
+}
+
 // setUp gives a device its addresses and turns it on.
 func (ns *NS) setUp(dev string, addrs ...[]netip.Prefix) error {
 	return ns.withLink(dev, func(h *netlink.Handle, link netlink.Link) error {
@@ -215,8 +259,12 @@ func (ns *NS) Offload(dev string, on bool, which ...Offload) error {
 			return err
 		}
 		defer func() { _ = unix.Close(fd) }()
+		value := uint32(0)
+		if on {
+			value = 1
+		}
 		for _, o := range which {
-			if err := ethtoolSet(fd, dev, uint32(o), on); err != nil {
+			if _, err := ethtool(fd, dev, uint32(o), value); err != nil {
 				return fmt.Errorf("set offload %#x of %s: %w", uint32(o), dev, err)
 			}
 		}
@@ -224,12 +272,9 @@ func (ns *NS) Offload(dev string, on bool, which ...Offload) error {
 	})
 }
 
-// ethtoolSet is the SIOCETHTOOL ioctl with a struct ethtool_value.
-func ethtoolSet(fd int, dev string, cmd uint32, on bool) error {
-	value := struct{ cmd, data uint32 }{cmd: cmd}
-	if on {
-		value.data = 1
-	}
+// ethtool is the SIOCETHTOOL ioctl with a struct ethtool_value; it returns what is in that afterwards.
+func ethtool(fd int, dev string, cmd, data uint32) (uint32, error) {
+	value := struct{ cmd, data uint32 }{cmd, data}
 	var ifr struct {
 		name [unix.IFNAMSIZ]byte
 		data unsafe.Pointer
@@ -239,7 +284,7 @@ func ethtoolSet(fd int, dev string, cmd uint32, on bool) error {
 	ifr.data = unsafe.Pointer(&value)
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&ifr)))
 	if errno != 0 {
-		return errno
+		return 0, errno
 	}
-	return nil
+	return value.data, nil
 }

@@ -135,7 +135,7 @@ func (ns *NS) DialWith(ctx context.Context, d *net.Dialer, network, address stri
 
 // Netlink opens a netlink handle in the namespace; the caller closes it.
 func (ns *NS) Netlink() (*netlink.Handle, error) {
-	h, err := netlink.NewHandleAt(ns.fd)
+	h, err := netlink.NewHandleAt(ns.fd, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("netlink in %s: %w", ns.Name, err)
 	}
