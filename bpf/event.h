@@ -84,18 +84,18 @@ static __noinline bool event_send(frame_t *f, const struct packet *pkt, struct e
 /* An ICMP error with the headers of the packet it quotes. */
 #define EVENT_ICMP_ERROR   (sizeof(struct ipv6hdr) + 8 + EVENT_HEADERS_ONLY)
 
-/* Events that a stranger could cause at will are rationed, a kind, second and CPU. */
+/* Events that a stranger could cause at will are rationed, a kind, window and CPU. */
 static __always_inline bool event_is_allowed(__u32 kind, __u64 now)
 {
 	struct allowance *a = bpf_map_lookup_elem(&allowance, &kind);
 
 	if (!a)
 		return false;
-	if (a->second != now / 1000000000) {
-		a->second = now / 1000000000;
+	if (a->window != now >> ALLOWANCE_SHIFT) {
+		a->window = now >> ALLOWANCE_SHIFT;
 		a->used = 0;
 	}
-	return a->used++ < EVENTS_PER_SECOND;
+	return a->used++ < EVENTS_PER_WINDOW;
 }
 
 #endif

@@ -102,14 +102,16 @@ struct {
 } scratch SEC(".maps");
 
 /* Resets for unknown connections, ICMP errors and packets to be cut: at most this
- * many events of each kind a second and CPU. Each has its own, by enum event_kind:
- * packets of no connection cost a stranger nothing, and must not silence the errors
- * that path MTU discovery lives by.
+ * many events of each kind in a window of 2^26 ns (67 ms) and CPU, some 1900 a second.
+ * Each has its own, by enum event_kind: packets of no connection cost a stranger
+ * nothing, and must not silence the errors that path MTU discovery lives by. Nor must
+ * they come in bursts that hellos have to wait behind, so the window is short.
  */
-#define EVENTS_PER_SECOND 2000
+#define EVENTS_PER_WINDOW 128
+#define ALLOWANCE_SHIFT	  26
 
 struct allowance {
-	__u64 second;
+	__u64 window;
 	__u64 used;
 };
 

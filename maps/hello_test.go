@@ -408,43 +408,57 @@ func unknownWant(s segment, policy uint8) want {
 	}
 }
 
-// allow writes how many rationed events of a kind this second has seen, on every CPU.
-func (r *rig) allow(kind EventKind, second, used uint64) {
+// refill gives all events of the window back.
+func (r *rig) refill() {
+	r.Helper()
+	for _, kind := range []EventKind{EventUnknown, EventICMP, EventTooBig} {
+		r.use(kind, 0, 0)
+	}
+}
+
+// allow writes how many rationed events of a kind this window has seen, on every CPU.
+func (r *rig) allow(kind EventKind, window, used uint64) {
+	r.Helper()
+	r.rationed = true
+	r.use(kind, window, used)
+}
+
+func (r *rig) use(kind EventKind, window, used uint64) {
 	r.Helper()
 	cpus, err := ebpf.PossibleCPU()
 	must(r, err)
 	all := make([]bpfAllowance, cpus)
 	for i := range all {
-		all[i] = bpfAllowance{Second: second, Used: used}
+		all[i] = bpfAllowance{Window: window, Used: used}
 	}
 	must(r, r.coll.Maps[bpfMapAllowance].Put(uint32(kind), all))
 }
 
-// wholeSecond waits until there is time for a few packets within one second, and
-// returns it.
-func (r *rig) wholeSecond() uint64 {
+// wholeWindow waits until there is time for a few packets within one window of the
+// allowance, and returns it.
+func (r *rig) wholeWindow() uint64 {
 	r.Helper()
-	for monotonic(r)%1e9 > 8e8 {
-		time.Sleep(50 * time.Millisecond)
+	for monotonic(r)&(1<<allowanceShift-1) > 1<<(allowanceShift-2) {
+		time.Sleep(5 * time.Millisecond)
 	}
-	return monotonic(r) / 1e9
+	return monotonic(r) >> allowanceShift
 }
 
-// Resets are rationed by the second and CPU.
+// Resets are rationed by the window and CPU.
 func TestUnknownLimit(t *testing.T) {
 	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
 		r.listen(UnknownFlowReset)
 		bothFamilies(t, func(t *testing.T, f family) {
 			r := r.with(t)
 			s := f.clientSegment(ack)
-			second := r.wholeSecond()
-			r.allow(EventUnknown, second, eventsPerSecond-1)
+			window := r.wholeWindow()
+			r.allow(EventUnknown, window, eventsPerWindow-1)
 			r.expect(ProgramClient, s.frame(), unknown(s))
 			r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
 			r.expect(ProgramClient, s.frame(), drop(bpfReasonREASON_UNKNOWN_LIMITED))
 			h := r.hello(f) // a valid cookie is not rationed
 			r.expect(ProgramClient, h.frame(), hello(h))
-			r.allow(EventUnknown, second-1, 1<<40)
+			r.allow(EventUnknown, window-1, 1<<40)
 			r.expect(ProgramClient, s.frame(), unknown(s))
 		})
 	})

@@ -140,15 +140,16 @@ type settings struct {
 // middle of cookie slot `slot`.
 type rig struct {
 	testing.TB
-	ns      *netns
-	coll    *ebpf.Collection
-	tables  *Tables
-	readers []*ringbuf.Reader
-	set     settings
-	live    Live
-	slot    uint64
-	total   *uint64 // program runs so far
-	cramped int32   // bytes less room in front of a frame, of XDP
+	ns       *netns
+	coll     *ebpf.Collection
+	tables   *Tables
+	readers  []*ringbuf.Reader
+	set      settings
+	live     Live
+	slot     uint64
+	total    *uint64 // program runs so far
+	rationed bool    // a test sets the allowances of events itself
+	cramped  int32   // bytes less room in front of a frame, of XDP
 }
 
 const (
@@ -161,7 +162,8 @@ const (
 	nexthopIndex    = 7
 	nexthopMTU      = 1500
 	listenerID      = 3
-	eventsPerSecond = 2000
+	eventsPerWindow = 128
+	allowanceShift  = 26
 )
 
 func newRig(tb testing.TB, set settings) *rig {
@@ -450,6 +452,9 @@ func (r *rig) expect(program string, in []byte, w want) {
 
 func (r *rig) expectSkb(program string, in []byte, ctx skbuff, w want) {
 	r.Helper()
+	if !r.rationed {
+		r.refill()
+	}
 	out := r.outcome(program, in, ctx, w)
 	if w.frame == nil {
 		w.frame = in

@@ -141,7 +141,6 @@ func TestICMPTypes(t *testing.T) {
 				if isError {
 					w = e.event(leg, icmpWorker)
 				}
-				r.allow(EventICMP, 0, 0)
 				r.expect(program(leg), e.frame(), w)
 			}
 		}
@@ -165,7 +164,6 @@ func TestICMPQuoteLength(t *testing.T) {
 			if n >= least {
 				w = e.event(leg, icmpWorker)
 			}
-			r.allow(EventICMP, 0, 0)
 			r.expect(program(leg), e.frame(), w)
 			// Nothing behind the packet is part of it.
 			e.padding = long[n:]
@@ -282,7 +280,6 @@ func TestICMPFields(t *testing.T) {
 					w = e.event(leg, icmpWorker)
 				}
 				r := r.with(t)
-				r.allow(EventICMP, 0, 0)
 				r.expect(program(leg), e.frame(), w)
 			})
 		}
@@ -367,7 +364,6 @@ func TestICMPWorker(t *testing.T) {
 					before.Flow.Control = FlowControl(0, 0, worker) | state
 					must(t, r.tables.InsertFlow(leg, f.tuple(leg), &before))
 					before = r.entry(f, leg)
-					r.allow(EventICMP, 0, 0)
 					r.expect(program(leg), e.frame(), e.event(leg, worker))
 					r.untouched(f, leg, before)
 					must(t, r.tables.DeleteFlow(leg, f.tuple(leg)))
@@ -414,7 +410,7 @@ func TestICMPPath(t *testing.T) {
 	})
 }
 
-// Errors are rationed by the second and CPU; those that are not ours are not counted.
+// Errors are rationed by the window and CPU; those that are not ours are not counted.
 func TestICMPLimit(t *testing.T) {
 	r := newICMPRig(t, settings{})
 	bothLegs(t, func(t *testing.T, f family, leg Leg) {
@@ -422,13 +418,13 @@ func TestICMPLimit(t *testing.T) {
 		before := r.bind(f, leg, nil)
 		e, echo := f.icmpError(leg), f.icmpError(leg)
 		echo.kind = 8
-		second := r.wholeSecond()
-		r.allow(EventICMP, second, eventsPerSecond-1)
+		window := r.wholeWindow()
+		r.allow(EventICMP, window, eventsPerWindow-1)
 		r.expect(program(leg), echo.frame(), notTCP())
 		r.expect(program(leg), e.frame(), e.event(leg, 0))
 		r.expect(program(leg), e.frame(), drop(bpfReasonREASON_ICMP_LIMITED))
 		r.expect(program(leg), echo.frame(), notTCP())
-		r.allow(EventICMP, second-1, 1<<40)
+		r.allow(EventICMP, window-1, 1<<40)
 		r.expect(program(leg), e.frame(), e.event(leg, 0))
 		r.untouched(f, leg, before)
 	})
@@ -512,7 +508,6 @@ func TestICMPRandom(t *testing.T) {
 	}
 	for i := range randomRuns {
 		if i%1000 == 0 {
-			r.allow(EventICMP, 0, 0)
 		}
 		f, leg := families[random.IntN(2)], Leg(random.IntN(2))
 		frame := damaged(random, f.icmpError(leg))

@@ -15,7 +15,7 @@ import (
 
 type bpfAllowance struct {
 	_      structs.HostLayout
-	Second uint64
+	Window uint64
 	Used   uint64
 }
 

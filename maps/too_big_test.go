@@ -114,12 +114,12 @@ func TestFlowTooBigLimit(t *testing.T) {
 		before := r.bind(f, leg, nil)
 		s := f.legSegment(leg, ack)
 		overMTU(&s)
-		second := r.wholeSecond()
-		r.allow(EventTooBig, second, eventsPerSecond-1)
+		window := r.wholeWindow()
+		r.allow(EventTooBig, window, eventsPerWindow-1)
 		r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
 		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
 		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
-		r.allow(EventTooBig, second-1, 1<<40)
+		r.allow(EventTooBig, window-1, 1<<40)
 		r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
 		r.untouched(f, leg, before)
 	})
@@ -144,11 +144,11 @@ func TestAllowances(t *testing.T) {
 			EventTooBig:  {program(leg), big.frame(), r.tooBig(big, leg, 0, nexthopMTU), drop(bpfReasonREASON_TOO_BIG)},
 		}
 		for flooded := range kinds {
-			second := r.wholeSecond()
+			window := r.wholeWindow()
 			for kind := range kinds {
-				r.allow(kind, second, 0)
+				r.allow(kind, window, 0)
 			}
-			r.allow(flooded, second, eventsPerSecond)
+			r.allow(flooded, window, eventsPerWindow)
 			for kind, k := range kinds {
 				w := k.allowed
 				if kind == flooded {
