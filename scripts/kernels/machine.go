@@ -28,7 +28,7 @@ type machine struct {
 }
 
 // run boots the machine, follows its console and returns all of it, with an error when the steps did not all pass.
-func (m *machine) run(steps []plan.Step, follow io.Writer) (console []byte, err error) {
+func (m *machine) run(ctx context.Context, steps []plan.Step, follow io.Writer) (console []byte, err error) {
 	vmlinuz, initrd := filepath.Join(m.dir, "vmlinuz"), filepath.Join(m.dir, "initrd")
 	if err := os.WriteFile(vmlinuz, m.kernel.image, 0o644); err != nil {
 		return nil, err
@@ -36,7 +36,7 @@ func (m *machine) run(steps []plan.Step, follow io.Writer) (console []byte, err 
 	if err := writeImage(initrd, m.dir, m.kernel, steps); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), m.timeout)
+	ctx, cancel := context.WithTimeout(ctx, m.timeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
 		"-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",

@@ -6,14 +6,17 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -41,7 +44,9 @@ func main() {
 	}
 	steps, err := planned(strings.Fields(*modes), *requests, *only)
 	exitOn(err)
-	failed, err := runAll(*cache, kernels, steps, *timeout)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	failed, err := runAll(ctx, *cache, kernels, steps, *timeout)
 	exitOn(err)
 	if failed > 0 {
 		exitOn(fmt.Errorf("%d of %d kernels failed", failed, len(kernels)))
@@ -61,7 +66,8 @@ const (
 	cpus   = 2    // tables are per processor, and packets arrive on several
 )
 
-func runAll(cache string, kernels []string, steps []plan.Step, timeout time.Duration) (failed int, err error) {
+// runAll runs the steps on each kernel, shows the table of results, and returns how many kernels failed.
+func runAll(ctx context.Context, cache string, kernels []string, steps []plan.Step, timeout time.Duration) (failed int, err error) {
 	dir, err := os.MkdirTemp("", "snilb-kernels-")
 	if err != nil {
 		return 0, err
@@ -73,29 +79,38 @@ func runAll(cache string, kernels []string, steps []plan.Step, timeout time.Dura
 	var report bytes.Buffer
 	table := tabwriter.NewWriter(&report, 0, 0, 2, ' ', 0)
 	for _, name := range kernels {
-		deb, err := fetch(cache, name)
+		k, err := get(cache, name)
 		if err != nil {
 			return 0, err
 		}
-		k, err := unpack(name, deb)
-		if err != nil {
-			return 0, err
-		}
-		fmt.Printf("--- %s, %s\n", name, filepath.Base(deb))
 		m := &machine{kernel: k, dir: dir, memory: memory, cpus: cpus, timeout: timeout}
 		began := time.Now()
-		console, err := m.run(steps, &digest{out: os.Stdout})
+		console, err := m.run(ctx, steps, &digest{out: os.Stdout})
+		if ctx.Err() != nil {
+			return 0, errors.New("interrupted")
+		}
 		verdict := "PASS"
 		if err != nil {
 			failed++
 			verdict = "FAIL: " + err.Error()
 			fmt.Printf("--- the console of %s:\n%s\n", name, console)
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", name, verdict, time.Since(began).Round(time.Second), verdicts(console)) //nolint:errcheck // memory
+		took := time.Since(began).Round(time.Second)
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", name, verdict, took, verdicts(console)) //nolint:errcheck // memory
 	}
 	_ = table.Flush() // memory as well
 	fmt.Print(report.String())
 	return failed, nil
+}
+
+// get downloads a kernel's package and reads it.
+func get(cache, name string) (*kernel, error) {
+	deb, err := fetch(cache, name)
+	if err != nil {
+		return nil, err
+	}
+	fmt.Println("---", filepath.Base(deb))
+	return unpack(name, deb)
 }
 
 // What runs on every kernel besides requests: what the verifier says of each program, and the loader's tests of what differs
