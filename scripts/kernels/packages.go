@@ -104,7 +104,7 @@ type kernel struct {
 
 // The modules that tests need, each after those it depends on. Debian builds them all as modules; a kernel may as well have
 // them built in.
-var moduleNames = []string{"llc", "stp", "garp", "mrp", "8021q", "bridge", "veth", "tun", "sch_ingress", "cls_bpf"}
+var moduleNames = []string{"llc", "stp", "garp", "mrp", "8021q", "bridge", "veth", "tun", "sch_ingress", "cls_bpf", "inet_diag", "tcp_diag"}
 
 // fetch downloads a package into a directory, unless it is there, and returns its file.
 func fetch(dir, name string) (string, error) {
