@@ -506,9 +506,8 @@ func TestICMPRandom(t *testing.T) {
 			r.bindICMP(f, leg)
 		}
 	}
-	for i := range randomRuns {
-		if i%1000 == 0 {
-		}
+	for range randomRuns {
+		r.refill()
 		f, leg := families[random.IntN(2)], Leg(random.IntN(2))
 		frame := damaged(random, f.icmpError(leg))
 		seen[r.anyICMP(program(leg), frame)]++

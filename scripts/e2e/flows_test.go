@@ -106,7 +106,7 @@ func TestBytes(t *testing.T) {
 			t.Fatal("no bytes_in or bytes_out")
 		}
 		again := tcpInfo(t, raw).Bytes_retrans // on a busy machine a segment may be sent twice, and is counted twice
-		if in, out := *flows[0].BytesIn, *flows[0].BytesOut; uint64(in) != uint64(count.out.Load())+again || out != count.in.Load() {
+		if in, out := *flows[0].BytesIn, *flows[0].BytesOut; in != count.out.Load()+again || out != count.in.Load() {
 			t.Errorf("bytes_in %d, bytes_out %d, but the client sent %d and %d again and received %d", in, out, count.out.Load(), again, count.in.Load())
 		}
 		must(t, c.Close())
