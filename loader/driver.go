@@ -100,20 +100,34 @@ func subscribeToDrivers(ns *namespace) (changes, error) {
 	return socket, nil
 }
 
-// ethFlagLRO is ETH_FLAG_LRO of <linux/ethtool.h>.
-const ethFlagLRO = 1 << 15
+// Of <linux/ethtool.h>.
+const (
+	ethFlagRXVLAN = 1 << 8  // the device takes VLAN tags off
+	ethFlagLRO    = 1 << 15 // it merges packets
+)
 
-// hasLRO reports whether the device merges packets before XDP would see them.
-func hasLRO(ns *namespace, iface string) (on bool, err error) {
-	err = ns.do(func() error {
-		flags, err := ethtool(iface, unix.ETHTOOL_GFLAGS, 0)
-		on = flags&ethFlagLRO != 0
+// offloads returns what a device does to packets before XDP sees them, as ethFlag bits.
+func offloads(ns *namespace, iface string) (flags uint32, err error) {
+	err = ns.do(func() (err error) {
+		flags, err = ethtool(iface, unix.ETHTOOL_GFLAGS, 0)
 		return err
 	})
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return false, nil
+		return 0, nil
 	}
-	return on, err
+	return flags, err
+}
+
+// hidesTags reports whether XDP would take packets of a VLAN for untagged ones, and answer
+// them so. Of a veth its other end decides that, which cannot be asked.
+func hidesTags(device netlink.Link, links []netlink.Link, flags uint32) bool {
+	if flags&ethFlagRXVLAN == 0 || device.Type() == "veth" {
+		return false
+	}
+	return slices.ContainsFunc(links, func(l netlink.Link) bool {
+		_, isVLAN := l.(*netlink.Vlan)
+		return isVLAN && l.Attrs().ParentIndex == device.Attrs().Index
+	})
 }
 
 // ethtool is the SIOCETHTOOL ioctl with a struct ethtool_value, in the calling thread's

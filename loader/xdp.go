@@ -97,11 +97,21 @@ func (o *Options) checkXDP(ns *namespace, device netlink.Link, mode Mode) error 
 		return nil
 	}
 	name := device.Attrs().Name
-	on, err := hasLRO(ns, name)
+	flags, err := offloads(ns, name)
 	if err != nil {
 		return fmt.Errorf("ask for the offloads of %s: %w", name, err)
 	}
-	if on {
+	links, err := ns.links()
+	if err != nil {
+		return err
+	}
+	if hidesTags(device, links, flags) {
+		return Problem{
+			What:   "interface " + name + " takes VLAN tags off before XDP in the driver sees them, and there are VLANs on it",
+			Remedy: "ethtool -K " + name + " rxvlan off; or use tc for it",
+		}
+	}
+	if flags&ethFlagLRO != 0 {
 		return Problem{
 			What:   "interface " + name + " merges packets itself (LRO), which XDP in the driver cannot have",
 			Remedy: "ethtool -K " + name + " lro off; or use xdp-generic or tc for it",

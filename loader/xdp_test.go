@@ -451,3 +451,29 @@ func TestRemedyFor(t *testing.T) {
 		t.Errorf("generic: %s", got)
 	}
 }
+
+// A device that takes tags off is refused where there are VLANs on it.
+func TestHidesTags(t *testing.T) {
+	nic := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "eth0", Index: 5}}
+	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0", Index: 5}}
+	vlanOn := func(parent int) netlink.Link {
+		return &netlink.Vlan{LinkAttrs: netlink.LinkAttrs{Name: "vlan", Index: 6, ParentIndex: parent}}
+	}
+	for name, c := range map[string]struct {
+		device netlink.Link
+		links  []netlink.Link
+		flags  uint32
+		want   bool
+	}{
+		"a VLAN":            {nic, []netlink.Link{nic, vlanOn(5)}, ethFlagRXVLAN, true},
+		"tags stay":         {nic, []netlink.Link{nic, vlanOn(5)}, ethFlagLRO, false},
+		"no VLAN":           {nic, []netlink.Link{nic}, ethFlagRXVLAN, false},
+		"another's VLAN":    {nic, []netlink.Link{nic, vlanOn(4)}, ethFlagRXVLAN, false},
+		"no VLAN, but veth": {nic, []netlink.Link{&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Index: 7, ParentIndex: 5}}}, ethFlagRXVLAN, false},
+		"a veth":            {veth, []netlink.Link{veth, vlanOn(5)}, ethFlagRXVLAN, false},
+	} {
+		if got := hidesTags(c.device, c.links, c.flags); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
