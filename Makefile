@@ -73,7 +73,7 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 	done
 
 # In the modes that MODES leaves out, what differs most between them; all of the suite is: make e2e MODES="xdp xdp-generic".
-XDP_TESTS = ^Test(Names|Flows|Kill|HelloInPieces|PostQuantum|Uplinks|OneArmed|LiveProxy|Neighbours|HalfClose|ResetEither|LossSACK|PathMTU|ShrinkingLink|SourceClient|StacksSYN|StacksClient|Bulk|MTU|UnknownFlow|SynAck|ProxyIn)$$$$
+XDP_TESTS = ^Test(Names|Flows|Kill|HelloInPieces|PostQuantum|Uplinks|OneArmed|LiveProxy|Neighbours|HalfClose|ResetEither|LossSACK|PathMTU|ShrinkingLink|SourceClient|StacksSYN|StacksClient|Bulk|MTU|UnknownFlow|SynAck|ProxyIn)$$
 e2e-xdp: bpffs ## a part of the end-to-end tests by XDP, native and generic
 	@for mode in $(filter-out $(MODES),xdp xdp-generic); do \
 		echo "$(GO) test -count=1 ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'"; \
