@@ -185,6 +185,21 @@ func TestSynLayouts(t *testing.T) {
 
 // What the layouts of the wild have too seldom, by hand.
 var oddSyns = map[string]string{
+	"Linux, scale 00":                "020405b40402080a010203040000000001030300",
+	"Windows, scale 00":              "020405b40103030001010402",
+	"Apple, scale 00":                "020405b4010303000101080a010203040000000004020000",
+	"Linux, scale 0e":                "020405b40402080a01020304000000000103030e",
+	"Windows, scale 0e":              "020405b40103030e01010402",
+	"Apple, scale 0e":                "020405b40103030e0101080a010203040000000004020000",
+	"Linux, scale 0f":                "020405b40402080a01020304000000000103030f",
+	"Windows, scale 0f":              "020405b40103030f01010402",
+	"Apple, scale 0f":                "020405b40103030f0101080a010203040000000004020000",
+	"Linux, scale ff":                "020405b40402080a0102030400000000010303ff",
+	"Windows, scale ff":              "020405b4010303ff01010402",
+	"Apple, scale ff":                "020405b4010303ff0101080a010203040000000004020000",
+	"Linux, small MSS":               "020400580402080a010203040000000001030307",
+	"Apple, no end":                  "020405b4010303060101080a010203040000000004020101",
+	"Windows, another kind":          "020405b40103030801010403",
 	"nothing":                        "",
 	"MSS":                            "020405b4",
 	"MSS of 0":                       "02040000",
