@@ -8,6 +8,8 @@ static __always_inline int path_client(frame_t *f, struct packet *pkt)
 {
 	struct bound b;
 
+	if (frame_is_partial(f, pkt))
+		return pass(REASON_LEFT_CHECKSUM);
 	if (!flow_find(pkt, LEG_CLIENT, &b))
 		return offer(f, pkt, false);
 	if (pkt->flags & TCP_SYN) {
@@ -26,6 +28,8 @@ static __always_inline int path_backend(frame_t *f, struct packet *pkt)
 
 	if (!ours && !source_may_be_client())
 		return pass(REASON_NOT_OURS);
+	if (frame_is_partial(f, pkt))
+		return pass(REASON_LEFT_CHECKSUM);
 	if (flow_find(pkt, LEG_BACKEND, &b)) {
 		/* A SYN-ACK on a bound flow is a repeated one, and not for the client. */
 		if (pkt->flags & TCP_SYN || b.flow->control & FLOW_PENDING)

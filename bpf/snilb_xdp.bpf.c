@@ -35,18 +35,14 @@ int snilb_xdp(struct xdp_md *ctx)
 {
 	struct packet pkt = {};
 	enum reason why = packet_read(ctx, &pkt);
-	bool client;
 
 	if (why == REASON_ICMP)
 		return pass(REASON_LEFT_ICMP);
 	if (why != REASON_OK)
 		return pass(why);
-	client = faces_clients && listener_has_port(pkt.dport);
-	if (!client && !port_is_ours(pkt.dport) && !source_may_be_client())
-		return pass(REASON_NOT_OURS);
-	if (frame_is_partial(ctx, &pkt))
-		return pass(REASON_LEFT_CHECKSUM);
-	return client ? path_client(ctx, &pkt) : path_backend(ctx, &pkt);
+	if (faces_clients && listener_has_port(pkt.dport))
+		return path_client(ctx, &pkt);
+	return path_backend(ctx, &pkt);
 }
 
 char _license[] SEC("license") = "GPL";
