@@ -300,6 +300,18 @@ func mapsOf(i *Instance) []*ebpf.Map {
 	return all
 }
 
+// attachAndDie leaves what a daemon leaves that is killed: so many programs on the device.
+func attachAndDie(t *testing.T, o Options, d netlink.Link, programs int) {
+	t.Helper()
+	i, err := Load(o)
+	must(t, err)
+	must(t, i.Attach())
+	die(t, i)
+	if got := programsOn(t, d); len(got) != programs {
+		t.Fatalf("a dead daemon's programs are %q", got)
+	}
+}
+
 func TestLeftoversAreRemoved(t *testing.T) {
 	bothHooks(t, func(t *testing.T, _ string, clsact bool) {
 		ns := newNetns(t)
@@ -307,18 +319,8 @@ func TestLeftoversAreRemoved(t *testing.T) {
 		before := snapshot(t, ns)
 		o := testOptions(t, "eth0")
 		o.forceClsact = clsact
-		dead := func() {
-			t.Helper()
-			i, err := Load(o)
-			must(t, err)
-			must(t, i.Attach())
-			die(t, i)
-			if got := programsOn(t, d); len(got) != 2 {
-				t.Fatalf("a dead daemon's programs are %q", got)
-			}
-		}
 		t.Log("load again")
-		dead()
+		attachAndDie(t, o, d, 2)
 		must(t, os.Mkdir(filepath.Join(stateDir, "test"+ns.suffix+unfinished), 0o700))
 		i, err := Load(o)
 		must(t, err)
@@ -329,7 +331,7 @@ func TestLeftoversAreRemoved(t *testing.T) {
 		wantSame(t, snapshot(t, ns), before)
 
 		t.Log("detach")
-		dead()
+		attachAndDie(t, o, d, 2)
 		socket, err := SocketPath("test")
 		must(t, err)
 		must(t, os.WriteFile(socket, nil, 0o600))

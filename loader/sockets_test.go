@@ -8,14 +8,19 @@ import (
 	"testing"
 )
 
-// Whether a socket has a listener's port: one that listens is found whenever it comes,
-// and is not forgotten; a connection that is left is found when the ports are set.
-func TestHasSockets(t *testing.T) {
+func loadOnTC(t *testing.T) *Instance {
+	t.Helper()
 	newNetns(t)
 	addXDPVeth(t, "eth0", "10.9.0.1/24")
 	o := testOptions(t)
 	o.Interfaces = []Interface{{"eth0", ModeTC}}
-	i := load(t, o)
+	return load(t, o)
+}
+
+// Whether a socket has a listener's port: one that listens is found whenever it comes,
+// and is not forgotten; a connection that is left is found when the ports are set.
+func TestHasSockets(t *testing.T) {
+	i := loadOnTC(t)
 	want := func(what string, want bool) {
 		t.Helper()
 		if got := i.HasSockets(); got != want {
@@ -45,11 +50,7 @@ func TestHasSockets(t *testing.T) {
 }
 
 func TestHasSocketsListening(t *testing.T) {
-	newNetns(t)
-	addXDPVeth(t, "eth0", "10.9.0.1/24")
-	o := testOptions(t)
-	o.Interfaces = []Interface{{"eth0", ModeTC}}
-	i := load(t, o)
+	i := loadOnTC(t)
 	must(t, i.SetListeners([]ListenerSpec{{ID: 1, Addr: netip.MustParseAddrPort("0.0.0.0:443")}}))
 	if i.HasSockets() {
 		t.Fatal("a socket is found where there is none")

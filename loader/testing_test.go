@@ -27,10 +27,16 @@ func needRoot(tb testing.TB) {
 	if os.Geteuid() == 0 {
 		return
 	}
+	missing(tb, "root: network namespaces and BPF")
+}
+
+// missing skips a test for what this machine lacks; where nothing may be skipped it fails.
+func missing(tb testing.TB, what string) {
+	tb.Helper()
 	if os.Getenv("CI") == "true" || os.Getenv("SNILB_REQUIRE") == "1" {
-		tb.Fatal("these tests must run as root here")
+		tb.Fatal("this test must run here, and needs " + what)
 	}
-	tb.Skip("needs root: network namespaces and BPF")
+	tb.Skip("needs " + what)
 }
 
 // newNetns moves the test to a fresh network namespace with lo up.

@@ -227,23 +227,13 @@ func TestXDPLeftoversAreRemoved(t *testing.T) {
 		before := snapshot(t, ns)
 		o := testOptions(t, "eth0")
 		o.Mode = mode
-		dead := func() {
-			t.Helper()
-			i, err := Load(o)
-			must(t, err)
-			must(t, i.Attach())
-			die(t, i)
-			if got := programsOn(t, d); len(got) != 3 {
-				t.Fatalf("a dead daemon's programs are %q", got)
-			}
-		}
-		dead()
+		attachAndDie(t, o, d, 3)
 		i, err := Load(o)
 		must(t, err)
 		must(t, i.Attach())
 		must(t, i.Close())
 		wantSame(t, snapshot(t, ns), before)
-		dead()
+		attachAndDie(t, o, d, 3)
 		must(t, Detach("test", o.Logger))
 		wantSame(t, snapshot(t, ns), before)
 	})
@@ -384,7 +374,7 @@ func TestXDPWithoutDriver(t *testing.T) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "br0"
 	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
-		t.Skip("no bridges here:", err)
+		missing(t, "bridges: "+err.Error())
 	}
 	setUp(t, "br0")
 	o := testOptions(t, "br0")

@@ -12,7 +12,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"golang.org/x/sys/unix"
 )
 
 // Nanoseconds a packet takes in a program, by repeated program runs. A run finds the
@@ -36,8 +35,6 @@ const (
 func (r *rig) restoring(into *ebpf.Program, frame []byte, l3 int, flows uint32) *ebpf.Program {
 	r.Helper()
 	count := r.newMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
-	jump := r.newMap(&ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
-	must(r, jump.Put(uint32(0), into))
 	head := frame[:min(len(frame), restored)&^7]
 	data := int16(skbData)
 	if into.Type() == ebpf.XDP {
@@ -75,37 +72,8 @@ func (r *rig) restoring(into *ebpf.Program, frame []byte, l3 int, flows uint32) 
 			asm.HostTo(asm.BE, asm.R2, asm.Word),
 			asm.StoreMem(asm.R7, int16(source), asm.R2, asm.Word))
 	}
-	code = append(code,
-		asm.Mov.Reg(asm.R1, asm.R6),
-		asm.LoadMapPtr(asm.R2, jump.FD()),
-		asm.Mov.Imm(asm.R3, 0),
-		asm.FnTailCall.Call(),
-		asm.Mov.Imm(asm.R0, 99).WithSymbol("end"),
-		asm.Return())
-	spec := programLike(into.Type())
-	spec.Instructions = code
-	prog, err := ebpf.NewProgram(spec)
-	must(r, err)
-	r.Cleanup(func() { must(r, prog.Close()) })
-	return prog
-}
-
-// programLike is of a type as the object's programs of it are: else they cannot jump into
-// one another.
-func programLike(kind ebpf.ProgramType) *ebpf.ProgramSpec {
-	spec := &ebpf.ProgramSpec{Type: kind, License: "GPL"}
-	if kind == ebpf.XDP {
-		spec.AttachType, spec.Flags = ebpf.AttachXDP, unix.BPF_F_XDP_HAS_FRAGS
-	}
-	return spec
-}
-
-func (r *rig) newMap(spec *ebpf.MapSpec) *ebpf.Map {
-	r.Helper()
-	m, err := ebpf.NewMap(spec)
-	must(r, err)
-	r.Cleanup(func() { must(r, m.Close()) })
-	return m
+	code = append(code, r.jumpTo(into)...)
+	return r.newProgram(into.Type(), code)
 }
 
 // benchCase is a packet and what becomes of it.
@@ -113,12 +81,12 @@ type benchCase struct {
 	name   string
 	leg    Leg
 	s      segment
-	action map[string]int // by skin
-	flows  uint32         // that it is rotated over
+	action int
+	flows  uint32 // that it is rotated over
 }
 
 // benchmark lets the kernel repeat a program and reports its average.
-func (r *rig) benchmark(b *testing.B, into *ebpf.Program, c benchCase, action int) {
+func (r *rig) benchmark(b *testing.B, into *ebpf.Program, c benchCase) {
 	b.Helper()
 	r = r.with(b)
 	frame := c.s.frame()
@@ -135,8 +103,8 @@ func (r *rig) benchmark(b *testing.B, into *ebpf.Program, c benchCase, action in
 			total += average
 			return err
 		})
-		if int(int32(ret)) != action {
-			b.Fatalf("action is %d, want %d", int32(ret), action)
+		if action := r.said(ret); action != c.action {
+			b.Fatalf("action is %d, want %d", action, c.action)
 		}
 		batches++
 		r.drain()
@@ -159,21 +127,7 @@ func (r *rig) drain() {
 	}
 }
 
-var (
-	answers   = map[string]int{"tc": redirect, "xdp": xdpTx}
-	forwards  = map[string]int{"tc": redirect, "xdp": xdpRedirect}
-	drops     = map[string]int{"tc": shot, "xdp": xdpDrop}
-	passes    = map[string]int{"tc": next, "xdp": xdpPass}
-	benchSack = []byte{1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 1, 1, 5, 18, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 8, 0}
-)
-
-// What XDP says, beside passing and dropping.
-const (
-	xdpDrop     = 1
-	xdpPass     = 2
-	xdpTx       = 3
-	xdpRedirect = 4
-)
+var benchSack = []byte{1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 1, 1, 5, 18, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 8, 0}
 
 // linuxSYN is the option layout of a Linux SYN.
 var linuxSYN = []byte{2, 4, 5, 180, 4, 2, 8, 10, 1, 2, 3, 4, 0, 0, 0, 0, 1, 3, 3, 7}
@@ -201,30 +155,29 @@ func (r *rig) benchCases(f family) []benchCase {
 	hi := r.hello(spoofed)
 	hi.payload = bytes.Repeat([]byte{0x16}, 517)
 	return []benchCase{
-		{"not ours", LegClient, other, passes, 1},
-		{"SYN answered", LegClient, stranger, answers, 1},
-		{"SYN of Windows answered", LegClient, windows, answers, 1},
-		{"SYNs of a flood", LegClient, stranger, answers, coldFlows},
-		{"hello of 517 bytes", LegClient, hi, drops, 1},
-		{"unknown flow", LegClient, unknown, drops, 1},
-		{"flow, ACK", LegClient, ackOnly, forwards, 1},
-		{"flow, SACK", LegClient, sack, forwards, 1},
-		{"flow, odd options", LegClient, odd, forwards, 1},
-		{"flow, 1400 bytes", LegClient, data, forwards, 1},
-		{"flow, 1400 bytes, VLAN", LegClient, tagged, forwards, 1},
-		{"flow back, 1400 bytes", LegBackend, back, forwards, 1},
+		{"not ours", LegClient, other, next, 1},
+		{"SYN answered", LegClient, stranger, r.back(), 1},
+		{"SYN of Windows answered", LegClient, windows, r.back(), 1},
+		{"SYNs of a flood", LegClient, stranger, r.back(), coldFlows},
+		{"hello of 517 bytes", LegClient, hi, shot, 1},
+		{"unknown flow", LegClient, unknown, shot, 1},
+		{"flow, ACK", LegClient, ackOnly, redirect, 1},
+		{"flow, SACK", LegClient, sack, redirect, 1},
+		{"flow, odd options", LegClient, odd, redirect, 1},
+		{"flow, 1400 bytes", LegClient, data, redirect, 1},
+		{"flow, 1400 bytes, VLAN", LegClient, tagged, redirect, 1},
+		{"flow back, 1400 bytes", LegBackend, back, redirect, 1},
 	}
 }
 
-// nothing is a program that does nothing.
-func (r *rig) nothing(kind ebpf.ProgramType) *ebpf.Program {
+// nothing is a program that passes everything on.
+func (r *rig) nothing() *ebpf.Program {
 	r.Helper()
-	spec := programLike(kind)
-	spec.Instructions = asm.Instructions{asm.Mov.Imm(asm.R0, 2), asm.Return()}
-	prog, err := ebpf.NewProgram(spec)
-	must(r, err)
-	r.Cleanup(func() { must(r, prog.Close()) })
-	return prog
+	kind, verdict := ebpf.SchedCLS, int32(next)
+	if r.set.xdp {
+		kind, verdict = ebpf.XDP, xdpPass
+	}
+	return r.newProgram(kind, asm.Instructions{asm.Mov.Imm(asm.R0, verdict), asm.Return()})
 }
 
 // benchHop is a next hop of another interface, which XDP sends to as well.
@@ -235,13 +188,6 @@ func (r *rig) benchHop(tagged bool) {
 		hop.VlanProto, hop.VlanId = Port(0x8100), Port(7)
 	}
 	must(r, r.tables.Nexthops.Put(uint32(nexthopIndex), &hop))
-}
-
-func (r *rig) programOf(skin string, leg Leg) *ebpf.Program {
-	if skin == "xdp" {
-		return r.coll.Programs[ProgramXDP]
-	}
-	return r.coll.Programs[program(leg)]
 }
 
 // fillFlows binds n flows of consecutive clients, or backends, to a leg.
@@ -291,15 +237,14 @@ func BenchmarkPrograms(b *testing.B) {
 	eachSkin(b, func(b *testing.B, skin string) {
 		eachFamily(b, func(b *testing.B, f family) {
 			r := newBenchRig(b, skin, f, 1)
-			alone := benchCase{"restoring alone", LegClient, f.clientSegment(ack), nil, 1}
-			kind := r.programOf(skin, LegClient).Type()
-			b.Run(alone.name, func(b *testing.B) { r.benchmark(b, r.nothing(kind), alone, 2) })
+			alone := benchCase{"restoring alone", LegClient, f.clientSegment(ack), next, 1}
+			b.Run(alone.name, func(b *testing.B) { r.benchmark(b, r.nothing(), alone) })
 			for _, c := range r.benchCases(f) {
 				if c.s.tags != nil && skin == "tc" {
 					continue // TC takes the tag off: a repeated frame would shrink each time
 				}
 				r.benchHop(c.s.tags != nil)
-				b.Run(c.name, func(b *testing.B) { r.benchmark(b, r.programOf(skin, c.leg), c, c.action[skin]) })
+				b.Run(c.name, func(b *testing.B) { r.benchmark(b, r.program(c.leg), c) })
 			}
 		})
 	})
@@ -319,8 +264,8 @@ func BenchmarkFlows(b *testing.B) {
 						if int(rotated) > flows {
 							continue
 						}
-						c := benchCase{fmt.Sprintf("flows=%d/rotated=%d/%v", flows, rotated, leg), leg, s, forwards, rotated}
-						b.Run(c.name, func(b *testing.B) { r.benchmark(b, r.programOf(skin, leg), c, c.action[skin]) })
+						c := benchCase{fmt.Sprintf("flows=%d/rotated=%d/%v", flows, rotated, leg), leg, s, redirect, rotated}
+						b.Run(c.name, func(b *testing.B) { r.benchmark(b, r.program(leg), c) })
 					}
 				}
 			}

@@ -28,8 +28,35 @@ func skins(t *testing.T, make func(testing.TB, settings) *rig, set settings, tes
 // transmit is XDP's own way to say redirect, to the interface that a frame came from.
 const transmit = 1000
 
-// said are the verdicts of XDP in the words of the tests.
-var said = map[uint32]int{1: shot, 2: next, 3: transmit, 4: redirect}
+// xdpPass is how XDP says next.
+const xdpPass = 2
+
+// said is a program's verdict in the words of the tests.
+func (r *rig) said(verdict uint32) int {
+	if !r.set.xdp {
+		return int(int32(verdict))
+	}
+	switch verdict {
+	case 1:
+		return shot
+	case xdpPass:
+		return next
+	case 3:
+		return transmit
+	case 4:
+		return redirect
+	}
+	r.Errorf("XDP said %d", verdict)
+	return 0
+}
+
+// program is the one that a leg's packets meet first.
+func (r *rig) program(leg Leg) *ebpf.Program {
+	if r.set.xdp {
+		return r.coll.Programs[ProgramXDP]
+	}
+	return r.coll.Programs[program(leg)]
+}
 
 // back is how a frame leaves by the interface that it came from.
 func (r *rig) back() int {
@@ -64,11 +91,7 @@ func (r *rig) runXDP(in []byte, ctx skbuff) ([]byte, int) {
 		ret, err = prog.Run(&opts)
 		return err
 	})
-	action, known := said[ret]
-	if !known {
-		r.Errorf("XDP said %d", ret)
-	}
-	return opts.DataOut, action
+	return opts.DataOut, r.said(ret)
 }
 
 // cramping is a program that moves the frame to the front, by as much as the rig is
@@ -77,30 +100,54 @@ func (r *rig) cramping(into *ebpf.Program, frame []byte) *ebpf.Program {
 	r.Helper()
 	content := r.newMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: uint32(len(frame)), MaxEntries: 1})
 	must(r, content.Put(uint32(0), frame))
+	code := asm.Instructions{
+		asm.Mov.Reg(asm.R6, asm.R1),
+		asm.Mov.Imm(asm.R2, -r.cramped),
+		asm.FnXdpAdjustHead.Call(),
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.Mov.Imm(asm.R2, 0),
+		asm.LoadMapValue(asm.R3, content.FD(), 0),
+		asm.Mov.Imm(asm.R4, int32(len(frame))),
+		asm.FnXdpStoreBytes.Call(),
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.Mov.Imm(asm.R2, -r.cramped),
+		asm.FnXdpAdjustTail.Call(),
+	}
+	return r.newProgram(ebpf.XDP, append(code, r.jumpTo(into)...))
+}
+
+// jumpTo is code that goes on in another program, with the context that is in R6. "end" is
+// behind the jump.
+func (r *rig) jumpTo(into *ebpf.Program) asm.Instructions {
+	r.Helper()
 	jump := r.newMap(&ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
 	must(r, jump.Put(uint32(0), into))
-	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.XDP, AttachType: ebpf.AttachXDP, License: "GPL", Flags: unix.BPF_F_XDP_HAS_FRAGS,
-		Instructions: asm.Instructions{
-			asm.Mov.Reg(asm.R6, asm.R1),
-			asm.Mov.Imm(asm.R2, -r.cramped),
-			asm.FnXdpAdjustHead.Call(),
-			asm.Mov.Reg(asm.R1, asm.R6),
-			asm.Mov.Imm(asm.R2, 0),
-			asm.LoadMapValue(asm.R3, content.FD(), 0),
-			asm.Mov.Imm(asm.R4, int32(len(frame))),
-			asm.FnXdpStoreBytes.Call(),
-			asm.Mov.Reg(asm.R1, asm.R6),
-			asm.Mov.Imm(asm.R2, -r.cramped),
-			asm.FnXdpAdjustTail.Call(),
-			asm.Mov.Reg(asm.R1, asm.R6),
-			asm.LoadMapPtr(asm.R2, jump.FD()),
-			asm.Mov.Imm(asm.R3, 0),
-			asm.FnTailCall.Call(),
-			asm.Mov.Imm(asm.R0, 99),
-			asm.Return(),
-		},
-	})
+	return asm.Instructions{
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.LoadMapPtr(asm.R2, jump.FD()),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.FnTailCall.Call(),
+		asm.Mov.Imm(asm.R0, 99).WithSymbol("end"),
+		asm.Return(),
+	}
+}
+
+func (r *rig) newMap(spec *ebpf.MapSpec) *ebpf.Map {
+	r.Helper()
+	m, err := ebpf.NewMap(spec)
+	must(r, err)
+	r.Cleanup(func() { must(r, m.Close()) })
+	return m
+}
+
+// newProgram loads code that may jump into the object's programs of its type.
+func (r *rig) newProgram(kind ebpf.ProgramType, code asm.Instructions) *ebpf.Program {
+	r.Helper()
+	spec := &ebpf.ProgramSpec{Type: kind, License: "GPL", Instructions: code}
+	if kind == ebpf.XDP {
+		spec.AttachType, spec.Flags = ebpf.AttachXDP, unix.BPF_F_XDP_HAS_FRAGS
+	}
+	prog, err := ebpf.NewProgram(spec)
 	must(r, err)
 	r.Cleanup(func() { must(r, prog.Close()) })
 	return prog
