@@ -19,6 +19,9 @@ TOOLS            ?= $(HOME)/.cache/snilb-tools
 GOLANGCI_VERSION := v2.12.2
 GOLANGCI         := $(TOOLS)/golangci-lint-$(GOLANGCI_VERSION)
 
+# The linter remembers files by their path. A cache that outlives a tree tells of files that are gone, so it lives in the tree.
+export GOLANGCI_LINT_CACHE := $(CURDIR)/.cache/golangci-lint
+
 # Downloaded kernels, and which to boot: package names, or all that Debian offers.
 KERNEL_CACHE ?= $(HOME)/.cache/snilb-kernels
 KERNELS      ?=
@@ -131,7 +134,7 @@ demo: build ## build and show a balancer at work, in network namespaces of its o
 	./snilb demo
 
 clean: ## remove what the targets above made in the tree
-	rm -f snilb
+	rm -rf snilb .cache
 	$(GO) clean -testcache
 
 $(GOLANGCI):
