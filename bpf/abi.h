@@ -8,7 +8,7 @@
 #define SNILB_ABI_H
 
 /* Raised when a pinned map of an older binary could be misread by this one. */
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 #define MAX_WORKERS	  64
 #define MAX_COUNTER_SLOTS 64
@@ -249,6 +249,34 @@ struct live {
 };
 
 _Static_assert(sizeof(struct live) == 88, "live");
+
+/* Who counts in a slot of `counters`. */
+struct counter_user {
+	char iface[16]; /* as in IFNAMSIZ, padded with zeros; empty: nobody */
+	char role[16];	/* of the program there, padded with zeros */
+};
+
+/* What a later daemon must know of the one that made the maps, and keep. No program
+ * reads it. layout is the first word in every version.
+ */
+struct instance_record {
+	__u32 layout; /* LAYOUT_VERSION */
+	__u32 workers;
+	__u64 worker_key;
+	__u8 secret[32]; /* cookie keys come from it */
+	__u16 source_port_first, source_port_last;
+	__u32 ring_size; /* bytes of a worker's */
+	struct counter_user slots[MAX_COUNTER_SLOTS];
+};
+
+_Static_assert(sizeof(struct instance_record) == 56 + 32 * MAX_COUNTER_SLOTS, "instance");
+
+/* A connection without a flow of whose hello the engine has acknowledged some bytes: its
+ * client will not send them again, so without the engine it is lost.
+ */
+struct owned_hello {
+	__u32 cookie; /* our initial sequence number */
+};
 
 /* What stands before the packet (from its IP header on) in a ring record. */
 struct event_header {

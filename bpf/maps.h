@@ -58,6 +58,22 @@ struct {
 	__type(value, struct live);
 } control SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct instance_record);
+} instance SEC(".maps");
+
+/* Keys of the client leg, IPv4 addresses in their last words. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct flow6_key);
+	__type(value, struct owned_hello);
+} owned SEC(".maps");
+
 /* Mapped by the engine: each worker writes its own jobs and reads the results there. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

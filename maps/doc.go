@@ -27,6 +27,12 @@
 //	                                                                   reader a ring     counted; TCP repeats it
 //	                worker+64 -> its quiet one,  kernel programs       the same reader,  the sweep sees it in
 //	                for ends of flows                                  in its own time   the entries
+//	instance        0 -> layout version, what    daemon                daemon            cannot
+//	                a later daemon must keep
+//	owned           client's tuple -> cookie of  engine                engine, when it   it is logged: these
+//	                a connection without a flow                        starts            hang if the daemon dies
+//	                whose hello's bytes the
+//	                engine has acknowledged
 //	jobs            worker -> what is to be      engine, by mapped     jobs program,     cannot
 //	                done with flows, results     memory                which answers
 //	counters        slot -> packets by reason,   kernel programs       daemon            interfaces share the last

@@ -30,6 +30,12 @@ type bpfCounterSet struct {
 	Packets [36]uint64
 }
 
+type bpfCounterUser struct {
+	_     structs.HostLayout
+	Iface [16]int8
+	Role  [16]int8
+}
+
 type bpfEventHeader struct {
 	_        structs.HostLayout
 	Time     uint64
@@ -147,6 +153,18 @@ const (
 	bpfFlowStateFLOW_SYN       bpfFlowState = 2147483648
 )
 
+type bpfInstanceRecord struct {
+	_               structs.HostLayout
+	Layout          uint32
+	Workers         uint32
+	WorkerKey       uint64
+	Secret          [32]uint8
+	SourcePortFirst uint16
+	SourcePortLast  uint16
+	RingSize        uint32
+	Slots           [64]bpfCounterUser
+}
+
 type bpfLeg uint32
 
 const (
@@ -206,6 +224,11 @@ type bpfNexthopFlag uint32
 const (
 	bpfNexthopFlagNEXTHOP_BUFFERS bpfNexthopFlag = 1
 )
+
+type bpfOwnedHello struct {
+	_      structs.HostLayout
+	Cookie uint32
+}
 
 type bpfPath struct {
 	_  structs.HostLayout
@@ -293,10 +316,12 @@ const (
 	bpfMapCounters        = "counters"
 	bpfMapFlows4          = "flows4"
 	bpfMapFlows6          = "flows6"
+	bpfMapInstance        = "instance"
 	bpfMapJobs            = "jobs"
 	bpfMapListenerPorts   = "listener_ports"
 	bpfMapListeners       = "listeners"
 	bpfMapNexthops        = "nexthops"
+	bpfMapOwned           = "owned"
 	bpfMapPaths           = "paths"
 	bpfMapRings           = "rings"
 	bpfMapScratch         = "scratch"
@@ -383,10 +408,12 @@ type bpfMapSpecs struct {
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Flows4        *ebpf.MapSpec `ebpf:"flows4"`
 	Flows6        *ebpf.MapSpec `ebpf:"flows6"`
+	Instance      *ebpf.MapSpec `ebpf:"instance"`
 	Jobs          *ebpf.MapSpec `ebpf:"jobs"`
 	ListenerPorts *ebpf.MapSpec `ebpf:"listener_ports"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Nexthops      *ebpf.MapSpec `ebpf:"nexthops"`
+	Owned         *ebpf.MapSpec `ebpf:"owned"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
 	Rings         *ebpf.MapSpec `ebpf:"rings"`
 	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
@@ -443,10 +470,12 @@ type bpfMaps struct {
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Flows4        *ebpf.Map `ebpf:"flows4"`
 	Flows6        *ebpf.Map `ebpf:"flows6"`
+	Instance      *ebpf.Map `ebpf:"instance"`
 	Jobs          *ebpf.Map `ebpf:"jobs"`
 	ListenerPorts *ebpf.Map `ebpf:"listener_ports"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Nexthops      *ebpf.Map `ebpf:"nexthops"`
+	Owned         *ebpf.Map `ebpf:"owned"`
 	Paths         *ebpf.Map `ebpf:"paths"`
 	Rings         *ebpf.Map `ebpf:"rings"`
 	Scratch       *ebpf.Map `ebpf:"scratch"`
@@ -459,10 +488,12 @@ func (m *bpfMaps) Close() error {
 		m.Counters,
 		m.Flows4,
 		m.Flows6,
+		m.Instance,
 		m.Jobs,
 		m.ListenerPorts,
 		m.Listeners,
 		m.Nexthops,
+		m.Owned,
 		m.Paths,
 		m.Rings,
 		m.Scratch,

@@ -21,10 +21,12 @@ const (
 	xdpMapCounters        = "counters"
 	xdpMapFlows4          = "flows4"
 	xdpMapFlows6          = "flows6"
+	xdpMapInstance        = "instance"
 	xdpMapJobs            = "jobs"
 	xdpMapListenerPorts   = "listener_ports"
 	xdpMapListeners       = "listeners"
 	xdpMapNexthops        = "nexthops"
+	xdpMapOwned           = "owned"
 	xdpMapPaths           = "paths"
 	xdpMapRings           = "rings"
 	xdpMapScratch         = "scratch"
@@ -95,10 +97,12 @@ type xdpMapSpecs struct {
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Flows4        *ebpf.MapSpec `ebpf:"flows4"`
 	Flows6        *ebpf.MapSpec `ebpf:"flows6"`
+	Instance      *ebpf.MapSpec `ebpf:"instance"`
 	Jobs          *ebpf.MapSpec `ebpf:"jobs"`
 	ListenerPorts *ebpf.MapSpec `ebpf:"listener_ports"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Nexthops      *ebpf.MapSpec `ebpf:"nexthops"`
+	Owned         *ebpf.MapSpec `ebpf:"owned"`
 	Paths         *ebpf.MapSpec `ebpf:"paths"`
 	Rings         *ebpf.MapSpec `ebpf:"rings"`
 	Scratch       *ebpf.MapSpec `ebpf:"scratch"`
@@ -145,10 +149,12 @@ type xdpMaps struct {
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Flows4        *ebpf.Map `ebpf:"flows4"`
 	Flows6        *ebpf.Map `ebpf:"flows6"`
+	Instance      *ebpf.Map `ebpf:"instance"`
 	Jobs          *ebpf.Map `ebpf:"jobs"`
 	ListenerPorts *ebpf.Map `ebpf:"listener_ports"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Nexthops      *ebpf.Map `ebpf:"nexthops"`
+	Owned         *ebpf.Map `ebpf:"owned"`
 	Paths         *ebpf.Map `ebpf:"paths"`
 	Rings         *ebpf.Map `ebpf:"rings"`
 	Scratch       *ebpf.Map `ebpf:"scratch"`
@@ -161,10 +167,12 @@ func (m *xdpMaps) Close() error {
 		m.Counters,
 		m.Flows4,
 		m.Flows6,
+		m.Instance,
 		m.Jobs,
 		m.ListenerPorts,
 		m.Listeners,
 		m.Nexthops,
+		m.Owned,
 		m.Paths,
 		m.Rings,
 		m.Scratch,

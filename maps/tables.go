@@ -21,6 +21,8 @@ type Tables struct {
 	Control       *ebpf.Map `ebpf:"control"`
 	Rings         *ebpf.Map `ebpf:"rings"`
 	Counters      *ebpf.Map `ebpf:"counters"`
+	Instance      *ebpf.Map `ebpf:"instance"`
+	Owned         *ebpf.Map `ebpf:"owned"`
 }
 
 // All lists the maps under their names, in a fixed order.
@@ -35,6 +37,8 @@ func (t *Tables) All() []NamedMap {
 		{bpfMapControl, t.Control},
 		{bpfMapRings, t.Rings},
 		{bpfMapCounters, t.Counters},
+		{bpfMapInstance, t.Instance},
+		{bpfMapOwned, t.Owned},
 	}
 }
 

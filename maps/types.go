@@ -31,6 +31,12 @@ type (
 	Nexthop = bpfNexthop
 	// Live is the value of control.
 	Live = bpfLive
+	// InstanceRecord is the value of instance.
+	InstanceRecord = bpfInstanceRecord
+	// CounterUser is one of the slots in InstanceRecord.
+	CounterUser = bpfCounterUser
+	// OwnedHello is the value of owned.
+	OwnedHello = bpfOwnedHello
 	// CookieKey is one of the four keys in Live.
 	CookieKey = bpfCookieKey
 	// EventHeader stands before the packet in a ring record.
@@ -82,7 +88,7 @@ const (
 // header.
 const (
 	// LayoutVersion is raised when a pinned map could be misread.
-	LayoutVersion = 1
+	LayoutVersion = 2
 	// MaxWorkers bounds the rings.
 	MaxWorkers = 64
 	// MaxCounterSlots bounds the interfaces that count apart.
