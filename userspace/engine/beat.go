@@ -26,7 +26,7 @@ func (e *Engine) beat() error {
 	mss4, mss6 := e.o.MSS()
 	say := e.peers.announcement(e.plan.Load().pools, mss4, mss6)
 	live.Mss4, live.Mss6, live.Flags = say.mss4, say.mss6, say.flags
-	if e.plan.Load().sourceClient {
+	if e.plan.Load().sourceClient || e.sourceClient.Load() {
 		live.Flags |= maps.LiveSourceClient
 	}
 	if e.o.HasSockets() {

@@ -134,7 +134,9 @@ func (f *flow) judge(w *worker, up, down *maps.Entry) (reason string) {
 	if silent >= staleAfter {
 		f.noticeEnds(up, down)
 	}
-	f.outliveReset(w.now, up, down)
+	if f.outliveReset(w.now, up, down) {
+		w.note(f)
+	}
 	v := w.flows.wayOf(f)
 	if reason := f.over(&v, w.now, up, down, silent); reason != "" {
 		if reason != "closed" && reason != "reset" {
@@ -173,20 +175,22 @@ func (f *flow) noticeEnds(up, down *maps.Entry) {
 
 // outliveReset forgets a RST whose sender went on: it was forged, or at a wrong
 // number. Who has reset only answers what was still under way.
-func (f *flow) outliveReset(now int64, up, down *maps.Entry) {
+// Returns true if so.
+func (f *flow) outliveReset(now int64, up, down *maps.Entry) bool {
 	c := &f.closing
 	if !c.reset || c.unheard != [2]bool{} {
-		return
+		return false
 	}
 	entry := up
 	if maps.Leg(c.resetBy) == maps.LegBackend {
 		entry = down
 	}
 	if now-int64(idle(now, entry.Flow.LastSeen)) < c.resetAt+int64(outlived) {
-		return
+		return false
 	}
 	f.outlived[c.resetBy] = true // the entry's mark stays
 	c.reset = false
+	return true
 }
 
 func (f *flow) quietNow(v *way, up, down *maps.Entry) time.Duration {

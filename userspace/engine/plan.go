@@ -28,10 +28,6 @@ func NewPlan(c *config.Config, old *Plan) (*Plan, error) {
 	if old != nil {
 		known = old.pools.Identities()
 	}
-	return newPlan(c, known)
-}
-
-func newPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
 	pools, err := pool.Build(c, known)
 	if err != nil {
 		return nil, err
@@ -41,6 +37,16 @@ func newPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
 		p.sourceClient = p.sourceClient || some.Source.Client
 	}
 	return p, nil
+}
+
+// FirstPlan is the first one of a daemon that comes after another. Backends that the other knew, by KnownIDs, keep their ids, and no
+// others get these.
+func FirstPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
+	pools, err := pool.Build(c, known)
+	if err != nil {
+		return nil, err
+	}
+	return NewPlan(c, &Plan{config: c, pools: pools})
 }
 
 // Backends lists the addresses of all backends, each once.
