@@ -153,7 +153,9 @@ func TestAdoptHalves(t *testing.T) {
 func TestAdoptWorkers(t *testing.T) {
 	for _, own := range []int{maps.MaxWorkers - 1, 2} {
 		k := newKernel(t, 2, 10)
-		k.bind(pairOf(1, own, false, true))
+		p := pairOf(1, own, false, true)
+		p.Down.Flow.Control = maps.FlowControl(1, 0, own&1) // which would be half a flow
+		k.bind(p)
 		_, err := k.try(firstPlan(t, kernelRoutes, nil), nil)
 		if err == nil || !strings.Contains(err.Error(), "number of workers differs") {
 			t.Errorf("a flow of worker %d of 2: %v", own, err)
