@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"snilb/maps"
 	"snilb/userspace/packet"
@@ -519,4 +520,28 @@ func FuzzJournal(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestJournalOutlived has a flow live on after a forged RST, whose mark stays in its entry: the next daemon must not take it for an end.
+func TestJournalOutlived(t *testing.T) {
+	k, path := newKernel(t, 1, 100), filepath.Join(t.TempDir(), "flows")
+	d := k.journaled(path, journalRoutes)
+	f, w := d.binds("203.0.113.7:1001", "a.example.com", ""), d.workers[0]
+	d.journal.step()
+	c := f.clientTuple()
+	w.closingSegment(maps.LegClient, &packet.Segment{Src: c.Src, Dst: c.Dst, Seq: 5, Flags: packet.RST})
+	d.again(k, func(p *maps.Pair) {
+		p.Up.Flow.Control |= maps.FlowRST
+		p.Up.Flow.LastSeen = uint32((w.now + int64(4*time.Second)) >> 20)
+	})
+	w.now += int64(5 * time.Second)
+	w.review([]*flow{f})
+	if f.closing.ended() || !f.outlived[maps.LegClient] {
+		t.Fatalf("not outlived: %+v", f)
+	}
+	d.journal.step()
+	d = k.journaled(path, journalRoutes)
+	if f := d.workers[0].flows.at(1); f.closing.ended() || !f.outlived[maps.LegClient] {
+		t.Errorf("the mark counts again: %+v", f)
+	}
 }
