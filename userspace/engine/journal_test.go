@@ -37,7 +37,7 @@ func (d *daemon) binds(client string, site string, header string) *flow {
 		c.listener = netip.MustParseAddrPort("[2001:db8::1]:443")
 	}
 	w.now = d.clock.now()
-	w.clientSegment(0, &packet.Segment{
+	d.hears(&packet.Segment{
 		Src: c.client, Dst: c.listener, Seq: 1001, Ack: 0x70000001, Flags: packet.ACK | packet.PSH, Window: 1000,
 		Payload: append([]byte(header), helloOf(site)...),
 	})
@@ -71,9 +71,9 @@ func (d *daemon) lives() map[netip.AddrPort]life {
 		for _, n := range w.flows.order {
 			f := w.flows.at(n)
 			v := w.flows.wayOf(f)
-			one := life{w.flows.status(f, f.bound), flow{bound: f.bound, cookie: f.cookie, mss: f.mss, generation: f.generation, outlived: f.outlived}, told{&pool.Backend{}, v.route}}
-			*one.way.backend = *v.backend
-			all[f.client.addrPort()] = one
+			known := flow{bound: f.bound, cookie: f.cookie, mss: f.mss, generation: f.generation, outlived: f.outlived}
+			backend := *v.backend
+			all[f.client.addrPort()] = life{w.flows.status(f, f.bound), known, told{&backend, v.route}}
 		}
 	}
 	return all
@@ -155,7 +155,7 @@ func TestJournalCookie(t *testing.T) {
 	d = k.journaled(path, journalRoutes)
 	w := d.workers[0]
 	for cookie, handshakes := range map[uint32]int{0x70000000: 0, 0x60000000: 1} {
-		w.clientSegment(0, &packet.Segment{Src: c.Src, Dst: c.Dst, Seq: 1001, Ack: cookie + 1, Flags: packet.ACK, Payload: clientHello(t)})
+		d.hears(&packet.Segment{Src: c.Src, Dst: c.Dst, Seq: 1001, Ack: cookie + 1, Flags: packet.ACK, Payload: clientHello(t)})
 		if len(w.handshakes) != handshakes {
 			t.Errorf("cookie %#x: %d handshakes, want %d", cookie, len(w.handshakes), handshakes)
 		}
