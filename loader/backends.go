@@ -205,6 +205,22 @@ func (s *backendSet) lost(ifindex int) {
 	}
 }
 
+// has reports whether we speak to a backend from a source, or may come to do so.
+func (s *backendSet) has(source netip.Addr, backend netip.AddrPort) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	b := s.byAddr[backend.Addr()]
+	if b == nil || !slices.Contains(b.ports, backend.Port()) {
+		return false
+	}
+	for path := range b.ready {
+		if path.source == source && path.port == backend.Port() {
+			return true
+		}
+	}
+	return len(b.ready) == 0 // without a route just now
+}
+
 // addresses lists the backends.
 func (s *backendSet) addresses() []netip.Addr {
 	s.mu.RLock()
