@@ -35,7 +35,8 @@ func attachCommand() *cli.Command {
 		Usage:     "Balance what comes in by interfaces, in the foreground",
 		ArgsUsage: "IFACE[=MODE]...",
 		Description: "Prints a line \"ready\" on stderr once it steers. TERM and INT end it, after the connections or\n" +
-			"--drain-timeout; a second one ends it at once.",
+			"--drain-timeout; a second one ends it at once. Where an earlier daemon of this name has left its state,\n" +
+			"by a crash or by --on-exit keep, its connections go on under the new one.",
 		Flags:        attachFlags(),
 		OnUsageError: usageError,
 		Action: func(c *cli.Context) error {
@@ -63,7 +64,7 @@ func attachFlags() []cli.Flag {
 		&cli.StringFlag{Name: "order", Usage: "the `PLACE` among other programs: first or last", Value: string(loader.OrderFirst)},
 		&cli.StringFlag{Name: "api", Usage: "listen for commands at `PATH` instead of /run/snilb/NAME.sock"},
 		&cli.DurationFlag{Name: "dead-after", Usage: "leave new connections to the stack after `DURATION` without a sign of the daemon", Value: loader.DefaultDeadAfter},
-		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do with the programs at the end: detach", Value: "detach"},
+		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do at the end: detach, after the connections or --drain-timeout; or keep all for the next daemon", Value: exitDetach},
 		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` a dead daemon's new connections meet: pass", Value: "pass"},
 		&cli.DurationFlag{Name: "drain-timeout", Usage: "how long connections may go on after TERM, as `DURATION`", Value: defaultDrainTimeout},
 		&cli.StringFlag{Name: "log-format", Usage: "`FORMAT`: text or json", Value: "text"},
@@ -78,6 +79,12 @@ func attachFlags() []cli.Flag {
 	}
 }
 
+// What becomes of programs and connections at the end.
+const (
+	exitDetach = "detach"
+	exitKeep   = "keep"
+)
+
 // attachOptions is the command line of attach.
 type attachOptions struct {
 	interfaces   []loader.Interface
@@ -87,6 +94,7 @@ type attachOptions struct {
 	socket       string // "": where the name puts it
 	order        loader.Order
 	deadAfter    time.Duration
+	onExit       string
 	drainTimeout time.Duration
 	jsonLogs     bool
 	workers      int
@@ -101,6 +109,7 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		socket:       c.String("api"),
 		order:        loader.Order(c.String("order")),
 		deadAfter:    c.Duration("dead-after"),
+		onExit:       c.String("on-exit"),
 		drainTimeout: c.Duration("drain-timeout"),
 		jsonLogs:     c.String("log-format") == "json",
 		workers:      c.Int("workers"),
@@ -128,6 +137,8 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		return o, fmt.Errorf("--order %q: use first or last", o.order)
 	case o.deadAfter < 2*time.Second:
 		return o, fmt.Errorf("--dead-after %s: use 2s or more, as the daemon gives a sign of life once a second", o.deadAfter)
+	case o.onExit != exitDetach && o.onExit != exitKeep:
+		return o, fmt.Errorf("--on-exit %q: use detach or keep", o.onExit)
 	case o.drainTimeout < 0:
 		return o, fmt.Errorf("--drain-timeout %s: use 0s or more", o.drainTimeout)
 	case !slices.Contains([]string{"text", "json"}, c.String("log-format")):
@@ -167,7 +178,6 @@ func refuseUnsupported(c *cli.Context) error {
 		flag, only string
 		later      []string
 	}{
-		{"on-exit", "detach", []string{"keep"}},
 		{"on-dead", "pass", []string{"reset", "hold"}},
 	} {
 		switch value := c.String(choice.flag); {

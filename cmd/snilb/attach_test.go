@@ -54,7 +54,7 @@ func TestAttachRefuses(t *testing.T) {
 		"eth0=xdpdrv --routes r":                     `eth0=xdpdrv: no mode "xdpdrv": use tc, xdp or xdp-generic`,
 		"eth0= --routes r":                           `eth0=: no mode ""`,
 		"eth0 --mode fast":                           `--mode fast: no mode "fast"`,
-		"eth0 --on-exit keep":                        "--on-exit keep is not supported yet: use detach",
+		"eth0 --on-exit stay":                        "--on-exit \"stay\": use detach or keep",
 		"eth0 --on-dead hold":                        "--on-dead hold is not supported yet: use pass",
 		"eth0 --on-dead x":                           `--on-dead cannot be "x"`,
 		"eth0 --watch":                               "--watch is not supported yet",

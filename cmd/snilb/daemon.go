@@ -26,6 +26,10 @@ import (
 	"snilb/userspace/engine"
 )
 
+// leaveTimeout is how long connections that are being set up may take to the end before a
+// daemon leaves that another one follows. Their clients wait for the latter's start as well.
+const leaveTimeout = 2 * time.Second
+
 // drainPoll is how often a draining daemon looks whether connections are left.
 const drainPoll = 50 * time.Millisecond
 
@@ -43,16 +47,18 @@ type server struct {
 	// failed holds what ended one of the parts that run; each of the four writes once.
 	failed chan error
 	asked  chan struct{} // holds the wish of `snilb detach`
+	leave  bool          // all stays for the next daemon
 
 	ready, draining atomic.Bool // read by the socket's handlers
 }
 
 // runDaemon attaches, serves until a signal, a command or a failure, and leaves
-// nothing behind.
+// nothing behind, or all for the next daemon.
 func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out io.Writer) (err error) {
 	s := &server{
 		o: o, config: c, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
 		failed: make(chan error, 4), asked: make(chan struct{}, 1),
+		leave: o.onExit == exitKeep,
 	}
 	for _, w := range c.Warnings {
 		s.log.Warn(w.What, "at", w.Position.String(), "remedy", w.Remedy)
@@ -70,8 +76,12 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 		return fmt.Errorf("attach: %w", err)
 	}
 	defer func() {
-		if closeErr := s.instance.Close(); closeErr != nil {
-			err = errors.Join(err, fmt.Errorf("detach: %w", closeErr))
+		end := s.instance.Close
+		if s.leave {
+			end = s.instance.Leave
+		}
+		if endErr := end(); endErr != nil {
+			err = errors.Join(err, fmt.Errorf("detach: %w", endErr))
 		}
 	}()
 	if err := s.prepare(); err != nil {
@@ -121,7 +131,7 @@ func (s *server) prepare() error {
 }
 
 func (s *server) engineOptions() engine.Options {
-	ports := sourcePorts(s.config, s.o.sourcePorts)
+	ports := s.instance.SourcePorts()
 	o := engine.Options{
 		Tables: s.instance.Tables(),
 		NextHop: func(addr netip.Addr) (engine.Hop, error) {
@@ -209,12 +219,17 @@ func (s *server) wait(signals <-chan os.Signal) error {
 			return partError(err)
 		case <-s.asked:
 			s.log.Info("asked to detach")
+			s.leave = false
 			return s.drain(signals)
 		case sig := <-signals:
-			if !s.minor(sig) {
-				s.log.Info("ending", "signal", sig.String())
-				return s.drain(signals)
+			if s.minor(sig) {
+				continue
 			}
+			s.log.Info("ending", "signal", sig.String(), "on_exit", s.o.onExit)
+			if s.leave {
+				return s.quiesce(signals)
+			}
+			return s.drain(signals)
 		}
 	}
 }
@@ -268,6 +283,31 @@ func (s *server) drain(signals <-chan os.Signal) error {
 		}
 	}
 	return nil
+}
+
+// quiesce takes what is being set up to its end, as far as another daemon could not.
+func (s *server) quiesce(signals <-chan os.Signal) error {
+	s.ready.Store(false)
+	s.notify(daemon.SdNotifyStopping)
+	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.engine.Quiesce(ctx) }()
+	for {
+		select {
+		case err := <-s.failed:
+			return partError(err)
+		case err := <-done:
+			if err != nil {
+				s.log.Warn("connections that were being set up are left behind", "error", err)
+			}
+			return nil
+		case sig := <-signals:
+			if !s.minor(sig) {
+				return nil
+			}
+		}
+	}
 }
 
 func (s *server) handlers() api.Handlers {
