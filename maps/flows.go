@@ -33,6 +33,11 @@ func (e *Entry) Nexthop() uint16 {
 	return uint16(e.Flow.Control & 0xffff)
 }
 
+// Worker is who the flow belongs to.
+func (e *Entry) Worker() int {
+	return int(e.Flow.Control >> 21 & (MaxWorkers - 1))
+}
+
 // Has reports whether all of these FlowFIN, FlowRST, FlowConfirmed are set.
 func (e *Entry) Has(state uint32) bool {
 	return e.Flow.Control&state == state

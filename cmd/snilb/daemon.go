@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -149,6 +150,7 @@ func (s *server) engineOptions() engine.Options {
 		SourcePortsOwn:  s.o.sourcePorts,
 		Log:             s.log,
 	}
+	_, _ = rand.Read(o.Secret[:]) // never fails
 	for i, queue := range s.instance.TapQueues() {
 		o.Rings = append(o.Rings, s.instance.Ring(i))
 		o.QuietRings = append(o.QuietRings, s.instance.QuietRing(i))

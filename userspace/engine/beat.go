@@ -46,7 +46,7 @@ func (e *Engine) cookieKeys(slot uint64) (keys [4]maps.CookieKey) {
 }
 
 func (e *Engine) cookieKey(slot uint64) maps.CookieKey {
-	mac := hmac.New(sha256.New, e.master[:])
+	mac := hmac.New(sha256.New, e.o.Secret[:])
 	var b [8]byte
 	binary.LittleEndian.PutUint64(b[:], slot)
 	mac.Write(b[:])

@@ -13,7 +13,6 @@ package engine
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -35,7 +34,7 @@ type Hop struct {
 	Source netip.Addr // the address to speak from
 }
 
-// Options are what the engine works with. All are required.
+// Options are what the engine works with. All but Journal are required.
 type Options struct {
 	Tables *maps.Tables
 	Rings  []*ebpf.Map // one a worker
@@ -55,7 +54,12 @@ type Options struct {
 	SourcePortFirst, SourcePortLast uint16 // both included: the kernel programs' range
 	// SourcePortsOwn is the part of it for pools that name none, first and last.
 	SourcePortsOwn [2]uint16
-	Log            *slog.Logger
+	// Secret is what the cookie keys are made of, nobody else's to know. The next daemon must have the same, to accept the
+	// cookies of SYNs that this one's programs answered.
+	Secret [32]byte
+	// Journal is the path of a file that tells the next daemon what flows' entries do not hold; empty is none.
+	Journal string
+	Log     *slog.Logger
 }
 
 // Engine runs the workers. Make one with New.
@@ -64,7 +68,6 @@ type Engine struct {
 	clock   clock
 	workers []*worker
 	secret  pool.Key // of sequence numbers and timestamps, the same until a reboot
-	master  [32]byte // cookie keys come from it
 
 	plan    atomic.Pointer[Plan]
 	sources sources
@@ -72,22 +75,31 @@ type Engine struct {
 	flows   atomic.Int64 // bound now
 	held    atomic.Int64 // bytes that handshakes hold, themselves included
 	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
+	owned   ownedHellos
+
+	quiescing atomic.Bool // no new connection is begun
+
+	started int64  // CLOCK_MONOTONIC ns
+	adopted int    // flows that an earlier daemon bound
+	halves  uint64 // halves of its flows, removed
+	orphans []orphan
 }
 
-// New makes an engine that decides by p.
+// New makes an engine that decides by p, and takes over the flows in the tables: nobody else may work with them.
 func New(o Options, p *Plan) (*Engine, error) {
 	if n := len(o.Rings); n == 0 || n != len(o.QuietRings) || n != len(o.Jobs) || n != len(o.Queues) {
 		return nil, fmt.Errorf("%d rings, %d quiet ones, %d lists of jobs and %d queues: want one of each a worker",
 			n, len(o.QuietRings), len(o.Jobs), len(o.Queues))
 	}
+	if o.Secret == [32]byte{} {
+		return nil, errors.New("no secret for the cookie keys")
+	}
 	secret, err := bootSecret()
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{o: o, clock: newClock(), secret: secret}
-	if _, err := rand.Read(e.master[:]); err != nil {
-		return nil, fmt.Errorf("draw a cookie key: %w", err)
-	}
+	e := &Engine{o: o, clock: newClock(), secret: secret, owned: o.Tables}
+	e.started = e.clock.now()
 	e.plan.Store(p)
 	for i := range o.Rings {
 		w := newWorker(e, i, o.Queues[i])
@@ -96,6 +108,12 @@ func New(o Options, p *Plan) (*Engine, error) {
 		if err := w.openRings(o.Rings[i], o.QuietRings[i]); err != nil {
 			return nil, errors.Join(fmt.Errorf("open the rings of worker %d: %w", i, err), e.free())
 		}
+	}
+	if err := e.adopt(); err != nil {
+		return nil, errors.Join(fmt.Errorf("take over the flows of an earlier daemon: %w", err), e.free())
+	}
+	if err := e.findOrphans(); err != nil {
+		return nil, errors.Join(err, e.free())
 	}
 	// Before any program is attached: none must find the daemon dead.
 	if err := e.beat(); err != nil {
@@ -109,6 +127,9 @@ func New(o Options, p *Plan) (*Engine, error) {
 func (e *Engine) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	if err := e.resetOrphans(); err != nil {
+		return errors.Join(err, e.free())
+	}
 	var all sync.WaitGroup
 	for _, w := range e.workers {
 		all.Go(func() {
@@ -150,7 +171,7 @@ func (e *Engine) Live() int {
 	live := 0
 	for _, w := range e.workers {
 		w.mu.Lock()
-		live += len(w.handshakes) - w.refused
+		live += w.halfOpen()
 		for _, n := range w.flows.order {
 			if !w.flows.at(n).closing.reset {
 				live++

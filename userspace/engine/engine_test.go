@@ -71,7 +71,7 @@ func TestCookieOptions(t *testing.T) {
 // Each slot has a key of its own, that nobody without the master knows; a slot
 // that ends takes the key away that is no longer accepted, and no other.
 func TestCookieKeysRotate(t *testing.T) {
-	e, other := &Engine{master: [32]byte{1}}, &Engine{master: [32]byte{2}}
+	e, other := &Engine{o: Options{Secret: [32]byte{1}}}, &Engine{o: Options{Secret: [32]byte{2}}}
 	seen := make(map[maps.CookieKey]uint64)
 	for slot := uint64(1000); slot < 1100; slot++ {
 		keys, next := e.cookieKeys(slot), e.cookieKeys(slot+1)

@@ -48,7 +48,7 @@ func (w *worker) closingSegment(leg maps.Leg, s *packet.Segment) {
 		c.reset, c.resetBy, c.resetAt = true, uint8(leg), w.now
 	}
 	if s.Has(packet.FIN) {
-		c.fin[leg], c.end[leg] = true, s.End()
+		c.fin[leg], c.end[leg], c.unheard[leg] = true, s.End(), false
 	}
 	v := w.flows.wayOf(f)
 	w.flowTimers.set(w.flows.number(f), w.now+int64(f.quiet(&v, false)))
@@ -165,7 +165,7 @@ func (f *flow) noticeEnds(up, down *maps.Entry) {
 		if !c.ended() {
 			c.backendFirst = maps.Leg(leg) == maps.LegBackend
 		}
-		c.unheard = true
+		c.unheard[leg] = true
 		c.fin[leg] = c.fin[leg] || fin
 		c.reset = c.reset || reset
 	}
@@ -175,7 +175,7 @@ func (f *flow) noticeEnds(up, down *maps.Entry) {
 // number. Who has reset only answers what was still under way.
 func (f *flow) outliveReset(now int64, up, down *maps.Entry) {
 	c := &f.closing
-	if !c.reset || c.unheard {
+	if !c.reset || c.unheard != [2]bool{} {
 		return
 	}
 	entry := up
@@ -220,7 +220,7 @@ func (f *flow) over(v *way, now int64, up, down *maps.Entry, silent time.Duratio
 // last ACK as its side sent it, and what the rewrite adds to it.
 func (f *flow) acknowledged(up, down *maps.Entry) bool {
 	c := &f.closing
-	if c.unheard {
+	if c.unheard != [2]bool{} {
 		return false
 	}
 	byBackend := down.Flow.LastAck + down.Flow.Ack - c.end[maps.LegClient]

@@ -61,6 +61,7 @@ type handshake struct {
 	probed   bool // a keepalive probe's byte stood before the hello
 	held     int  // counted in Engine.held
 	acked    int  // bytes from hello.Start on that the client will not repeat
+	owns     bool // in Engine.owned: some bytes are acknowledged
 	again    bool // the first segment came twice: the client repeats from there
 	repeats  int  // how often it did, and when last
 	repeatAt int64
@@ -372,6 +373,7 @@ func (h *handshake) cut(w *worker) {
 
 // ack acknowledges h.acked bytes to the client.
 func (h *handshake) ack(w *worker) {
+	h.own(w)
 	s := h.toClient(packet.ACK)
 	w.send(&s)
 	w.stats.acks++
@@ -444,9 +446,10 @@ func (w *worker) drop(h *handshake) {
 }
 
 // letGo gives back what a handshake that goes on holds: its port, its share of the
-// limits.
+// limits, its note for the next daemon.
 func (h *handshake) letGo(w *worker) {
 	h.release(w, false)
+	h.disown(w)
 	w.e.held.Add(-int64(h.held))
 	h.held = 0
 	w.e.sources.leave(h.client.Addr())

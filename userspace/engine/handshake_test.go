@@ -4,6 +4,7 @@ package engine
 
 import (
 	"crypto/tls"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -55,13 +56,38 @@ func newDeskOf(t testing.TB, routes string) *desk {
 		},
 		SourcePortFirst: 10000, SourcePortLast: 10099, SourcePortsOwn: [2]uint16{10000, 10099},
 		Log: slog.New(slog.NewTextHandler(&d.log, nil)),
-	}, clock: newClock()}
+	}, clock: newClock(), owned: noted{}}
 	e.plan.Store(plan)
 	d.worker = newWorker(e, 0, &d.out)
 	e.workers = []*worker{d.worker}
 	d.now = int64(time.Hour)
 	d.timers.tick, d.flowTimers.tick = 0, 0
 	return d
+}
+
+// noted is what a desk has for the next daemon.
+type noted map[maps.Tuple]uint32
+
+func (n noted) OwnHello(client maps.Tuple, cookie uint32) error {
+	n[client] = cookie
+	return nil
+}
+
+func (n noted) DisownHello(client maps.Tuple) error {
+	delete(n, client)
+	return nil
+}
+
+// full has no room.
+type full struct{ noted }
+
+func (full) OwnHello(maps.Tuple, uint32) error { return errors.New("no room") }
+
+func (d *desk) wantLog(text string) {
+	d.t.Helper()
+	if !strings.Contains(d.log.String(), text) {
+		d.t.Errorf("the log does not say %q: %s", text, d.log.String())
+	}
 }
 
 // client makes segments of one connection.
@@ -387,11 +413,11 @@ func TestNoticeEnds(t *testing.T) {
 		"open":            {0, 0, closing{}, closing{}},
 		"confirmed":       {maps.FlowConfirmed, maps.FlowConfirmed, closing{}, closing{}},
 		"heard":           {maps.FlowFIN, 0, closing{fin: [2]bool{true, false}}, closing{fin: [2]bool{true, false}}},
-		"client's FIN":    {maps.FlowFIN, 0, closing{}, closing{fin: [2]bool{true, false}, unheard: true}},
-		"backend's FIN":   {0, maps.FlowFIN, closing{}, closing{fin: [2]bool{false, true}, unheard: true, backendFirst: true}},
-		"one of two FINs": {maps.FlowFIN, maps.FlowFIN, closing{fin: [2]bool{true, false}}, closing{fin: [2]bool{true, true}, unheard: true}},
-		"RST":             {maps.FlowRST, 0, closing{}, closing{reset: true, unheard: true}},
-		"RST after a FIN": {maps.FlowFIN | maps.FlowRST, 0, closing{fin: [2]bool{true, false}}, closing{fin: [2]bool{true, false}, reset: true, unheard: true}},
+		"client's FIN":    {maps.FlowFIN, 0, closing{}, closing{fin: [2]bool{true, false}, unheard: [2]bool{true, false}}},
+		"backend's FIN":   {0, maps.FlowFIN, closing{}, closing{fin: [2]bool{false, true}, unheard: [2]bool{false, true}, backendFirst: true}},
+		"one of two FINs": {maps.FlowFIN, maps.FlowFIN, closing{fin: [2]bool{true, false}}, closing{fin: [2]bool{true, true}, unheard: [2]bool{false, true}}},
+		"RST":             {maps.FlowRST, 0, closing{}, closing{reset: true, unheard: [2]bool{true, false}}},
+		"RST after a FIN": {maps.FlowFIN | maps.FlowRST, 0, closing{fin: [2]bool{true, false}}, closing{fin: [2]bool{true, false}, reset: true, unheard: [2]bool{true, false}}},
 	} {
 		f := &flow{closing: tc.closing}
 		f.noticeEnds(&maps.Entry{Flow: maps.Flow{Control: tc.up}}, &maps.Entry{Flow: maps.Flow{Control: tc.down}})
@@ -406,7 +432,7 @@ func TestPendingIsCounted(t *testing.T) {
 	d, c := newDesk(t, "limits: {hello_memory: 32KiB}\n"), newClient(1)
 	d.sends(c, 1, clientHello(t), 0)
 	h := d.handshake(c)
-	h.phase, h.acked = pushing, 100
+	h.phase, h.acked, h.attempt.ack = pushing, 100, h.attempt.isn+1
 	before := d.e.held.Load()
 	for range maxPending {
 		d.backendSegment(&packet.Segment{

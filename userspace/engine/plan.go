@@ -28,6 +28,10 @@ func NewPlan(c *config.Config, old *Plan) (*Plan, error) {
 	if old != nil {
 		known = old.pools.Identities()
 	}
+	return newPlan(c, known)
+}
+
+func newPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
 	pools, err := pool.Build(c, known)
 	if err != nil {
 		return nil, err

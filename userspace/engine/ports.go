@@ -20,12 +20,18 @@ type pathKey struct {
 }
 
 // ports are one worker's source ports towards one backend: every step-th of the
-// range, so that the kernel can tell the worker from the port.
+// range, so that the kernel can tell the worker from the port. What was never used by
+// this daemon is taken first, once around from where it begins: an earlier one may have
+// used its first ports a moment ago.
 type ports struct {
-	next, last, step int // never used yet: next, next+step ... last
-	all              int
-	free             queue[uint16]
-	resting          queue[rest]
+	first, step int // the ports are first, first+step and so on
+	all         int // how many they are; a port's place is below
+	begin       int // the place that was taken first
+	passed      int // places from begin on, around, that are not new any more
+	adopted     bitset
+	ahead       int // places that are adopted and not passed: with a flow, or in a queue
+	free        queue[uint16]
+	resting     queue[rest]
 }
 
 type rest struct {
@@ -37,13 +43,41 @@ type rest struct {
 // instance's range; that begins at base, with worker 0.
 func newPorts(base, first, last uint16, worker, workers int) *ports {
 	ahead := (worker - int(first-base)%workers + workers) % workers
-	p := &ports{next: int(first) + ahead, last: int(last), step: workers}
-	p.all = p.unused()
+	p := &ports{first: int(first) + ahead, step: workers}
+	p.all = max(0, (int(last)-p.first+workers)/workers)
 	return p
 }
 
 // unused are the ports never used yet.
-func (p *ports) unused() int { return max(0, (p.last-p.next+p.step)/p.step) }
+func (p *ports) unused() int { return p.all - p.passed - p.ahead }
+
+// adopt marks a port that a flow has which this daemon did not bind. Before any is taken. Returns false
+// for a port that is not one of these.
+func (p *ports) adopt(port uint16) bool {
+	place := (int(port) - p.first) / p.step
+	if int(port) < p.first || place >= p.all || p.first+place*p.step != int(port) {
+		return false
+	}
+	if !p.adopted.has(place) {
+		p.adopted.set(place)
+		p.ahead++
+	}
+	return true
+}
+
+// new returns the next port never used yet, false if there is none.
+func (p *ports) new() (uint16, bool) {
+	for p.passed < p.all {
+		place := (p.begin + p.passed) % p.all
+		p.passed++
+		if !p.adopted.has(place) {
+			return uint16(p.first + place*p.step), true
+		}
+		p.ahead--
+	}
+	p.adopted = nil
+	return 0, false
+}
 
 // scarce reports whether more than half of the ports are in use: those of closed flows should come back soon.
 func (p *ports) scarce() bool {
@@ -79,18 +113,14 @@ func (p *ports) oldest(now int64) (uint16, bool) {
 		p.resting.pop()
 		p.free.push(r.port)
 	}
-	var port uint16
-	if p.next <= p.last {
-		port = uint16(p.next)
-		p.next += p.step
-	} else if free, ok := p.free.pop(); ok {
-		port = free
-	} else if r, ok := p.resting.pop(); ok {
-		port = r.port
-	} else {
-		return 0, false
+	if port, ok := p.new(); ok {
+		return port, true
 	}
-	return port, true
+	if port, ok := p.free.pop(); ok {
+		return port, true
+	}
+	r, ok := p.resting.pop()
+	return r.port, ok
 }
 
 // give returns a port, which rests if asked to.

@@ -21,12 +21,13 @@ const (
 	helloNone        // the client closed without a word
 	helloMemory      // limits.hello_memory
 	helloSourceLimit // limits.hellos_per_source
+	helloOrphaned    // an earlier daemon died with it
 	helloLen
 )
 
 var helloNames = [helloLen]string{
 	"ok", "not_tls", "malformed", "too_long", "timeout", "cut", "reset", "none",
-	"memory_limit", "source_limit",
+	"memory_limit", "source_limit", "orphaned",
 }
 
 func helloResult(err error) int {

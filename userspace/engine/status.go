@@ -115,6 +115,7 @@ func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds
 // Status is what the engine has done since it started.
 type Status struct {
 	Flows      int               `json:"flows"`
+	Adopted    int               `json:"adopted"` // of these, at the start, what an earlier daemon had bound
 	FlowsLimit int               `json:"flows_limit"`
 	HalfOpen   int               `json:"half_open"`
 	HelloBytes int64             `json:"hello_bytes"`
@@ -147,17 +148,18 @@ type ConnectCount struct {
 func (e *Engine) Status() Status {
 	s := Status{
 		Flows:      e.Bound(),
+		Adopted:    e.adopted,
 		FlowsLimit: e.plan.Load().config.Limits.Flows,
 		HelloBytes: e.held.Load(),
 		Hellos:     make(map[string]uint64),
 		Closed:     make(map[string]uint64),
-		Events:     make(map[string]uint64),
+		Events:     map[string]uint64{"half_flows": e.halves},
 	}
 	decisions, connects := make(map[decisionKey]uint64), make(map[connectKey]uint64)
 	var handshakes, nanoseconds uint64
 	for _, w := range e.workers {
 		w.mu.Lock()
-		s.HalfOpen += len(w.handshakes) - w.refused
+		s.HalfOpen += w.halfOpen()
 		addTo(decisions, w.stats.decisions)
 		addTo(connects, w.stats.connects)
 		addTo(s.Closed, w.stats.closed)

@@ -29,6 +29,10 @@ type flow struct {
 	next            [2]uint32 // in its chains, by leg
 }
 
+// unknownCookie is that of a flow of an earlier daemon: what a client's packet is about is then the kernel's to say. (A real one is
+// this by chance once in 2^32.)
+const unknownCookie = 0
+
 // closing is what a flow's FINs and RSTs said.
 type closing struct {
 	resetAt      int64
@@ -37,7 +41,7 @@ type closing struct {
 	reset        bool
 	resetBy      uint8 // leg
 	backendFirst bool
-	unheard      bool // an end was only seen in an entry: where its FIN stands is not known
+	unheard      [2]bool // by leg: the end was only seen in the entry, where its FIN stands is not known
 }
 
 // way is what all flows have in common that go to a backend by a route.
@@ -235,6 +239,13 @@ func (t *table) unlink(leg maps.Leg, n uint32) {
 		link = &t.at(*link).next[leg]
 	}
 	*link = f.next[leg]
+}
+
+// setWay changes a flow's, to one of the same backend's address, by which it is found.
+func (t *table) setWay(f *flow, w way) {
+	old := f.way
+	f.way = t.ways.hold(w)
+	t.ways.release(old)
 }
 
 // clientTuple is what the client's packets show.

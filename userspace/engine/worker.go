@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net/netip"
 	"runtime"
 	"sync"
@@ -91,6 +92,10 @@ const burst = 64
 // run returns nil after stop.
 func (w *worker) run() error {
 	for more := false; !w.wait.Closed(); {
+		if w.isQuiet() {
+			time.Sleep(quiescePoll)
+			continue
+		}
 		if !more && !w.ring.HasData() {
 			if err := w.wait.Wait(w.patience()); err != nil {
 				return err
@@ -194,7 +199,8 @@ func (w *worker) event(raw []byte) {
 		return
 	}
 	h := readEventHeader(raw)
-	if w.now-int64(h.Time) > int64(staleAfter) {
+	stale := w.now-int64(h.Time) > int64(staleAfter)
+	if stale && (maps.EventKind(h.Kind) != maps.EventBackend || int64(h.Time) >= w.e.started) {
 		w.stats.staleEvents++
 		return
 	}
@@ -206,6 +212,10 @@ func (w *worker) event(raw []byte) {
 	s, err := packet.Parse(raw)
 	if err != nil {
 		w.stats.badEvents++
+		return
+	}
+	if stale {
+		w.leftOver(&s)
 		return
 	}
 	switch maps.EventKind(h.Kind) {
@@ -246,7 +256,7 @@ func (w *worker) clientSegment(listener int, s *packet.Segment) {
 	w.hearEnds()
 	c := connection{client: s.Src, listener: s.Dst}
 	cookie := s.Ack - 1
-	if f := w.flows.byClient(c); f != nil && f.cookie == cookie {
+	if f := w.flows.byClient(c); f != nil && (f.cookie == cookie || f.cookie == unknownCookie) {
 		if f.hasEntry(w) {
 			// It was queued while its connection was bound.
 			w.stats.late++
@@ -282,6 +292,9 @@ func (w *worker) clientSegment(listener int, s *packet.Segment) {
 		return
 	}
 	if h == nil {
+		if w.e.quiescing.Load() {
+			return // its client repeats it, to the next daemon
+		}
 		if h = w.newHandshake(c, listener, s); h == nil {
 			return
 		}
@@ -330,6 +343,16 @@ func (w *worker) backendSegment(s *packet.Segment) {
 	}
 }
 
+// leftOver is a backend's packet that waited while no daemon was there. A backend that had all it waited for, a PROXY header, does
+// not repeat it: if nobody has the connection now, nobody else would tell it.
+func (w *worker) leftOver(s *packet.Segment) {
+	w.stats.staleEvents++
+	if w.leases[maps.Tuple{Src: s.Src, Dst: s.Dst}] == nil && w.flows.byBackend(s.Src, s.Dst) == nil {
+		w.stats.unknown++
+		w.reset(s)
+	}
+}
+
 // portsTo returns this worker's ports of a path.
 func (w *worker) portsTo(key pathKey) *ports {
 	p := w.paths[key]
@@ -339,6 +362,7 @@ func (w *worker) portsTo(key pathKey) *ports {
 			first, last = key.first, key.last
 		}
 		p = newPorts(w.e.o.SourcePortFirst, first, last, w.id, len(w.e.workers))
+		p.begin = rand.IntN(max(p.all, 1))
 		w.paths[key] = p
 	}
 	return p

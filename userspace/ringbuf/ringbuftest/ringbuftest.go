@@ -73,7 +73,7 @@ func (p *Producer) Put(data []byte) bool {
 }
 
 // NeedRoot skips without root, which CI has.
-func NeedRoot(t *testing.T) {
+func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() == 0 {
 		return

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"fmt"
+	"slices"
+
+	"snilb/maps"
+	"snilb/userspace/packet"
+)
+
+// ownedHellos is where the kernel keeps for the next daemon whose hello only this one has: maps.Tables.
+type ownedHellos interface {
+	OwnHello(client maps.Tuple, cookie uint32) error
+	DisownHello(client maps.Tuple) error
+}
+
+// own is called before bytes of the client's are acknowledged: from then on it is lost with this daemon, and must be told by
+// the next one.
+func (h *handshake) own(w *worker) {
+	if h.owns {
+		return
+	}
+	h.owns = true
+	if err := w.e.owned.OwnHello(h.clientTuple(), h.cookie); err != nil {
+		w.log.limited(w.now, "an acknowledged hello is not noted: should this daemon die, its client hangs until its own timeout", "error", err)
+	}
+}
+
+// disown is called when the connection is a flow, or over.
+func (h *handshake) disown(w *worker) {
+	if !h.owns {
+		return
+	}
+	h.owns = false
+	if err := w.e.owned.DisownHello(h.clientTuple()); err != nil {
+		w.log.limited(w.now, "an acknowledged hello is still noted: the next daemon resets its client's connection", "error", err)
+	}
+}
+
+func (c *connection) clientTuple() maps.Tuple { return maps.Tuple{Src: c.client, Dst: c.listener} }
+
+// orphan is a connection that an earlier daemon took bytes over from, and died with.
+type orphan struct {
+	client maps.Tuple
+	cookie uint32
+}
+
+// findOrphans looks for them among what is noted, the flows being known. Those that are bound are fine.
+func (e *Engine) findOrphans() error {
+	var bound []maps.Tuple
+	err := e.o.Tables.OwnedHellos(func(client maps.Tuple, cookie uint32) {
+		c := connection{client: client.Src, listener: client.Dst}
+		if slices.ContainsFunc(e.workers, func(w *worker) bool { return w.flows.byClient(c) != nil }) {
+			bound = append(bound, client)
+			return
+		}
+		e.orphans = append(e.orphans, orphan{client, cookie})
+	})
+	for _, client := range bound {
+		if err == nil {
+			err = e.o.Tables.DisownHello(client)
+		}
+	}
+	return err
+}
+
+// resetOrphans tells them, before any worker runs that could take one for a hello whose first bytes are late. Each is forgotten
+// only then, so that a daemon that dies meanwhile leaves the rest to the next one.
+func (e *Engine) resetOrphans() error {
+	w := e.workers[0]
+	for _, o := range e.orphans {
+		// All that we ever sent was the SYN-ACK: the reset is where the client waits.
+		w.send(&packet.Segment{Src: o.client.Dst, Dst: o.client.Src, Seq: o.cookie + 1, Flags: packet.RST})
+		w.stats.hellos[helloOrphaned]++
+		if err := e.o.Tables.DisownHello(o.client); err != nil {
+			return fmt.Errorf("reset the connections that an earlier daemon was in the middle of: %w", err)
+		}
+	}
+	if n := len(e.orphans); n > 0 {
+		e.o.Log.Warn("reset connections whose hello an earlier daemon had in part", "connections", n)
+	}
+	e.orphans = nil
+	return nil
+}

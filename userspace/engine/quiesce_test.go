@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"snilb/maps"
+	"snilb/userspace/packet"
+	"snilb/userspace/ringbuf"
+	"snilb/userspace/ringbuf/ringbuftest"
+)
+
+// TestQuiesce forgets whom nobody has answered, finishes the others, and begins nothing.
+func TestQuiesce(t *testing.T) {
+	d := newDesk(t, "")
+	fresh, owned, going, late := newClient(1), newClient(2), newClient(3), newClient(4)
+	hello := clientHello(t)
+	d.sends(owned, 1, hello[:100], packet.PSH)
+	d.passes(2 * ackAfter)
+	d.sends(fresh, 1, hello[:100], packet.PSH)
+	d.sends(going, 1, hello, packet.PSH)
+	d.out = nil
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := d.e.Quiesce(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("with two connections being set up: %v", err)
+	}
+	if d.handshake(fresh) != nil || d.handshake(owned) == nil || d.handshake(going) == nil {
+		t.Errorf("the fresh, the acknowledged and the connecting one are %v, %v, %v", d.handshake(fresh), d.handshake(owned), d.handshake(going))
+	}
+	if len(d.out) != 0 {
+		t.Error("somebody was told something")
+	}
+	d.sends(late, 1, hello, packet.PSH)
+	d.sends(fresh, 101, hello[100:], packet.PSH)
+	if len(d.handshakes) != 2 || len(d.out) != 0 {
+		t.Error("a connection is begun, or answered")
+	}
+	d.sends(owned, 101, hello[100:], packet.PSH)
+	for _, c := range []client{owned, going} {
+		if h := d.handshake(c); h == nil || h.phase != connecting {
+			t.Fatal("a connection does not go on")
+		}
+		d.handshake(c).settle(d.worker)
+	}
+	must(t, d.e.Quiesce(ctx))
+	if d.e.Bound() != 2 {
+		t.Errorf("%d are bound, want 2", d.e.Bound())
+	}
+}
+
+// TestQuiesceLeavesRings has what comes while there is nothing to finish wait for the next daemon.
+func TestQuiesceLeavesRings(t *testing.T) {
+	k := newKernel(t, 1, 10)
+	hellos, ends := ringbuftest.New(t, 0), ringbuftest.New(t, 0)
+	d, err := k.try(planOf(t, kernelRoutes, nil), func(o *Options) {
+		o.Rings, o.QuietRings = []*ebpf.Map{hellos.Ring}, []*ebpf.Map{ends.Ring}
+	})
+	must(t, err)
+	must(t, d.Quiesce(context.Background()))
+	p := pairOf(1, 0, false, true)
+	s := packet.Segment{Src: p.Client.Src, Dst: p.Client.Dst, Seq: 1, Ack: 2, Flags: packet.ACK, Payload: []byte{22, 3, 1}}
+	record := eventOf(t, maps.EventHello, d.clock.now(), &s)
+	if !hellos.Put(record) || !ends.Put(record) {
+		t.Fatal("no event in the ring")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	_ = d.Run(ctx)
+	for what, ring := range map[string]*ebpf.Map{"hello": hellos.Ring, "end": ends.Ring} {
+		r, err := ringbuf.NewReader(ring)
+		must(t, err)
+		if !r.HasData() {
+			t.Errorf("the %s was taken, which the next daemon would have read", what)
+		}
+		must(t, r.Close())
+	}
+}
