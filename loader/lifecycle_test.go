@@ -463,6 +463,7 @@ func TestOptions(t *testing.T) {
 		"source ports 30": func(o *Options) { o.SourcePortFirst = 30000 },
 		"needs one":       func(o *Options) { o.Workers = 3; o.SourcePortFirst = 29998 },
 		"dead-after":      func(o *Options) { o.DeadAfter = -1 },
+		"on-dead":         func(o *Options) { o.OnDead = "die" },
 		"mode":            func(o *Options) { o.Mode = "fast" },
 		"order":           func(o *Options) { o.Order = "middle" },
 	} {

@@ -37,6 +37,12 @@ var programOf = map[Role]string{
 	roleJobs:    bpf.ProgramJobs,
 }
 
+var onDeadPolicies = map[OnDead]uint8{
+	OnDeadPass:  bpf.OnDeadPass,
+	OnDeadReset: bpf.OnDeadReset,
+	OnDeadHold:  bpf.OnDeadHold,
+}
+
 // place is what a copy of a program is told of where it runs.
 type place struct {
 	role         Role
@@ -73,6 +79,7 @@ func (i *Instance) spec(p place) (*ebpf.CollectionSpec, error) {
 		set(spec, bpf.VarSourcePortFirst, i.opts.SourcePortFirst),
 		set(spec, bpf.VarSourcePortLast, i.opts.SourcePortLast),
 		set(spec, bpf.VarDeadAfter, uint64(i.opts.DeadAfter)),
+		set(spec, bpf.VarOnDead, onDeadPolicies[i.opts.OnDead]),
 		set(spec, bpf.VarRingBusy, uint64(i.opts.RingSize)/8*7),
 		set(spec, bpf.VarHasCsumIPv6, i.hasCsumIPv6),
 		set(spec, bpf.VarFacesClients, p.facesClients),

@@ -63,9 +63,9 @@ func attachFlags() []cli.Flag {
 		&cli.StringFlag{Name: "mode", Usage: "attach by `MODE`: tc, or xdp (in the driver) or xdp-generic in front of it; for interfaces without =MODE and those towards backends", Value: string(loader.ModeTC)},
 		&cli.StringFlag{Name: "order", Usage: "the `PLACE` among other programs: first or last", Value: string(loader.OrderFirst)},
 		&cli.StringFlag{Name: "api", Usage: "listen for commands at `PATH` instead of /run/snilb/NAME.sock"},
-		&cli.DurationFlag{Name: "dead-after", Usage: "leave new connections to the stack after `DURATION` without a sign of the daemon", Value: loader.DefaultDeadAfter},
+		&cli.DurationFlag{Name: "dead-after", Usage: "take the daemon for dead after `DURATION` without a sign of it", Value: loader.DefaultDeadAfter},
 		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do at the end: detach, after the connections or --drain-timeout; or keep all for the next daemon", Value: exitDetach},
-		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` a dead daemon's new connections meet: pass", Value: "pass"},
+		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` new connections meet then: pass (the stack has them, a proxy on the port or its RST), reset, or hold (they wait)", Value: string(loader.OnDeadPass)},
 		&cli.DurationFlag{Name: "drain-timeout", Usage: "how long connections may go on after TERM, as `DURATION`", Value: defaultDrainTimeout},
 		&cli.StringFlag{Name: "log-format", Usage: "`FORMAT`: text or json", Value: "text"},
 		&cli.IntFlag{Name: "workers", Hidden: true, Value: min(runtime.GOMAXPROCS(0), defaultMaxWorkers)},
@@ -95,6 +95,7 @@ type attachOptions struct {
 	order        loader.Order
 	deadAfter    time.Duration
 	onExit       string
+	onDead       loader.OnDead
 	drainTimeout time.Duration
 	jsonLogs     bool
 	workers      int
@@ -110,6 +111,7 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		order:        loader.Order(c.String("order")),
 		deadAfter:    c.Duration("dead-after"),
 		onExit:       c.String("on-exit"),
+		onDead:       loader.OnDead(c.String("on-dead")),
 		drainTimeout: c.Duration("drain-timeout"),
 		jsonLogs:     c.String("log-format") == "json",
 		workers:      c.Int("workers"),
@@ -139,6 +141,8 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		return o, fmt.Errorf("--dead-after %s: use 2s or more, as the daemon gives a sign of life once a second", o.deadAfter)
 	case o.onExit != exitDetach && o.onExit != exitKeep:
 		return o, fmt.Errorf("--on-exit %q: use detach or keep", o.onExit)
+	case !slices.Contains(loader.OnDeads, o.onDead):
+		return o, fmt.Errorf("--on-dead %q: use pass, reset or hold", o.onDead)
 	case o.drainTimeout < 0:
 		return o, fmt.Errorf("--drain-timeout %s: use 0s or more", o.drainTimeout)
 	case !slices.Contains([]string{"text", "json"}, c.String("log-format")):
@@ -174,20 +178,6 @@ func badPortRange(word string) error {
 
 // refuseUnsupported refuses what the contract has and this build does not.
 func refuseUnsupported(c *cli.Context) error {
-	for _, choice := range []struct {
-		flag, only string
-		later      []string
-	}{
-		{"on-dead", "pass", []string{"reset", "hold"}},
-	} {
-		switch value := c.String(choice.flag); {
-		case value == choice.only:
-		case slices.Contains(choice.later, value):
-			return fmt.Errorf("--%s %s is not supported yet: use %s", choice.flag, value, choice.only)
-		default:
-			return fmt.Errorf("--%s cannot be %q: use %s", choice.flag, value, choice.only)
-		}
-	}
 	for flag, used := range map[string]bool{
 		"watch":       c.Bool("watch"),
 		"metrics":     c.String("metrics") != "",

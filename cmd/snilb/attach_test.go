@@ -30,17 +30,17 @@ func parseAttach(t *testing.T, line string) (o attachOptions, errText string) {
 }
 
 func TestAttachOptions(t *testing.T) {
-	o, errText := parseAttach(t, "eth0 eth1=tc eth2=xdp --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --source-ports 20000-20003 --mode xdp-generic --on-exit detach --on-dead pass")
+	o, errText := parseAttach(t, "eth0 eth1=tc eth2=xdp --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --source-ports 20000-20003 --mode xdp-generic --on-exit keep --on-dead hold")
 	want := attachOptions{
 		interfaces: []loader.Interface{{Name: "eth0"}, {Name: "eth1", Mode: loader.ModeTC}, {Name: "eth2", Mode: loader.ModeXDP}},
 		mode:       loader.ModeXDPGeneric, routes: "r.yaml", name: "edge", socket: "/x.sock", order: loader.OrderLast,
-		deadAfter: 4 * time.Second, jsonLogs: true, workers: 3, sourcePorts: [2]uint16{20000, 20003},
+		deadAfter: 4 * time.Second, onExit: exitKeep, onDead: loader.OnDeadHold, jsonLogs: true, workers: 3, sourcePorts: [2]uint16{20000, 20003},
 	}
 	if d := cmp.Diff(want, o, cmp.AllowUnexported(attachOptions{})); d != "" || errText != "" {
 		t.Errorf("%s, -want +got:\n%s", errText, d)
 	}
 	o, errText = parseAttach(t, "eth0 --routes r.yaml")
-	if errText != "" || o.name != loader.DefaultName || o.mode != loader.ModeTC || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.workers < 1 || o.workers > 8 || o.sourcePorts != [2]uint16{10000, 29999} {
+	if errText != "" || o.name != loader.DefaultName || o.mode != loader.ModeTC || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.onDead != loader.OnDeadPass || o.onExit != exitDetach || o.workers < 1 || o.workers > 8 || o.sourcePorts != [2]uint16{10000, 29999} {
 		t.Errorf("the defaults: %+v, %s", o, errText)
 	}
 }
@@ -54,9 +54,8 @@ func TestAttachRefuses(t *testing.T) {
 		"eth0=xdpdrv --routes r":                     `eth0=xdpdrv: no mode "xdpdrv": use tc, xdp or xdp-generic`,
 		"eth0= --routes r":                           `eth0=: no mode ""`,
 		"eth0 --mode fast":                           `--mode fast: no mode "fast"`,
-		"eth0 --on-exit stay":                        "--on-exit \"stay\": use detach or keep",
-		"eth0 --on-dead hold":                        "--on-dead hold is not supported yet: use pass",
-		"eth0 --on-dead x":                           `--on-dead cannot be "x"`,
+		"eth0 --routes r --on-exit stay":             "--on-exit \"stay\": use detach or keep",
+		"eth0 --routes r --on-dead x":                `--on-dead "x": use pass, reset or hold`,
 		"eth0 --watch":                               "--watch is not supported yet",
 		"eth0 --metrics :9":                          "--metrics is not supported yet",
 		"eth0 --cookie-key k":                        "--cookie-key is not supported yet",

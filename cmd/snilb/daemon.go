@@ -71,7 +71,7 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 	s.instance, err = loader.Load(loader.Options{
 		Name: o.name, Interfaces: o.interfaces, Mode: o.mode, Workers: o.workers, FlowEntries: c.Limits.Flows,
 		SourcePortFirst: ports[0], SourcePortLast: ports[1],
-		DeadAfter: o.deadAfter, Order: o.order, Logger: s.log,
+		DeadAfter: o.deadAfter, OnDead: o.onDead, Order: o.order, Logger: s.log,
 	})
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)
