@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -38,6 +39,8 @@ type worker struct {
 	quiet *ringbuf.Reader // read along, without waiting for it
 	queue io.Writer
 	jobs  *maps.Jobs
+
+	turns atomic.Uint64 // of run, for the heartbeat
 
 	mu         sync.Mutex
 	now        int64 // CLOCK_MONOTONIC ns, read once an event
@@ -102,6 +105,7 @@ func (w *worker) run() error {
 		w.read(w.ring)
 		w.runTimers()
 		w.mu.Unlock()
+		w.turns.Add(1)
 	}
 	return nil
 }
