@@ -45,7 +45,7 @@ type server struct {
 	engine   *engine.Engine
 	socket   net.Listener
 
-	// failed holds what ended one of the parts that run; each of the four writes once.
+	// failed holds what ended one of the parts that run; each of the five writes once.
 	failed chan error
 	asked  chan struct{} // holds the wish of `snilb detach`
 	leave  bool          // all stays for the next daemon
@@ -58,7 +58,7 @@ type server struct {
 func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out io.Writer) (err error) {
 	s := &server{
 		o: o, config: c, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
-		failed: make(chan error, 4), asked: make(chan struct{}, 1),
+		failed: make(chan error, 5), asked: make(chan struct{}, 1),
 		leave: o.onExit == exitKeep,
 	}
 	for _, w := range c.Warnings {
@@ -188,6 +188,7 @@ func (s *server) run(signals <-chan os.Signal) error {
 	start(s.engine.Run)
 	start(s.instance.Run)
 	start(s.watchPressure)
+	start(s.watchdog)
 	start(func(ctx context.Context) error { return api.Serve(ctx, s.socket, s.handlers(), s.log) })
 	if err := s.instance.Attach(); err != nil {
 		return fmt.Errorf("attach: %w", err)

@@ -75,6 +75,7 @@ type Engine struct {
 	flows   atomic.Int64 // bound now
 	held    atomic.Int64 // bytes that handshakes hold, themselves included
 	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
+	beaten  atomic.Int64 // when: CLOCK_MONOTONIC ns
 	owned   ownedHellos
 
 	quiescing atomic.Bool // no new connection is begun

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -39,6 +40,8 @@ type worker struct {
 	quiet *ringbuf.Reader // read along, without waiting for it
 	queue io.Writer
 	jobs  *maps.Jobs
+
+	turns atomic.Uint64 // of run, for the heartbeat
 
 	mu         sync.Mutex
 	now        int64 // CLOCK_MONOTONIC ns, read once an event
@@ -107,6 +110,7 @@ func (w *worker) run() error {
 		w.read(w.ring)
 		w.runTimers()
 		w.mu.Unlock()
+		w.turns.Add(1)
 	}
 	return nil
 }
