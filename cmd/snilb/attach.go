@@ -19,6 +19,7 @@ import (
 
 	"snilb/loader"
 	"snilb/maps"
+	"snilb/userspace/api"
 	"snilb/userspace/config"
 )
 
@@ -62,6 +63,7 @@ func attachFlags() []cli.Flag {
 		&cli.StringFlag{Name: "mode", Usage: "attach by `MODE`: tc, or xdp (in the driver) or xdp-generic in front of it; for interfaces without =MODE and those towards backends", Value: string(loader.ModeTC)},
 		&cli.StringFlag{Name: "order", Usage: "the `PLACE` among other programs: first or last", Value: string(loader.OrderFirst)},
 		&cli.StringFlag{Name: "api", Usage: "listen for commands at `PATH` instead of /run/snilb/NAME.sock"},
+		&cli.StringFlag{Name: "api-owner", Usage: "let `USER[:GROUP]` give commands, instead of only the daemon's user"},
 		&cli.DurationFlag{Name: "dead-after", Usage: "leave new connections to the stack after `DURATION` without a sign of the daemon", Value: loader.DefaultDeadAfter},
 		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do with the programs at the end: detach", Value: "detach"},
 		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` a dead daemon's new connections meet: pass", Value: "pass"},
@@ -85,6 +87,7 @@ type attachOptions struct {
 	routes       string
 	name         string
 	socket       string // "": where the name puts it
+	socketOwner  *api.Owner
 	order        loader.Order
 	deadAfter    time.Duration
 	drainTimeout time.Duration
@@ -119,6 +122,9 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		return o, fmt.Errorf("--name: %w", err)
 	}
 	if o.sourcePorts, err = readPortRange(c.String("source-ports")); err != nil {
+		return o, err
+	}
+	if o.socketOwner, err = readOwner(c.String("api-owner")); err != nil {
 		return o, err
 	}
 	switch {

@@ -113,7 +113,7 @@ func (s *server) prepare() error {
 		path = s.instance.Socket()
 	}
 	// Before the engine, whose rings only Run closes.
-	if s.socket, err = api.Listen(path); err != nil {
+	if s.socket, err = api.Listen(path, s.o.socketOwner); err != nil {
 		return err
 	}
 	if s.engine, err = engine.New(s.engineOptions(), plan); err != nil {

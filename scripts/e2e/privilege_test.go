@@ -62,6 +62,49 @@ func useBinary(t *testing.T, cgo string) {
 	t.Cleanup(func() { binary, binaryErr = before, beforeErr })
 }
 
+// TestAPIOwner has another user ask the daemon, by user and by group, and nobody else.
+func TestAPIOwner(t *testing.T) {
+	needTool(t, "setpriv")
+	const user, group, other = "4001", "4002", "4003"
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	readable := copyOf(t, binary)
+	for _, c := range []struct {
+		owner   string
+		members bool // of the group may ask too
+	}{{user, false}, {user + ":" + group, true}} {
+		d := attach(t, bed, siteRoutes(bed), "--api-owner", c.owner)
+		for _, who := range []struct {
+			uid, gid string
+			may      bool
+		}{{user, other, true}, {other, group, c.members}, {other, other, false}} {
+			out, err := exec.Command("setpriv", "--reuid", who.uid, "--regid", who.gid, "--clear-groups", "--",
+				readable, "status", "--api", socketsOf(d.name)[0]).CombinedOutput()
+			if (err == nil) != who.may {
+				t.Errorf("owner %s: user %s, group %s: %v\n%s", c.owner, who.uid, who.gid, err, out)
+			}
+			if !who.may && !strings.Contains(string(out), "permission denied") {
+				t.Errorf("owner %s: user %s, group %s is told\n%s", c.owner, who.uid, who.gid, out)
+			}
+		}
+		d.stop(syscall.SIGTERM)
+	}
+}
+
+// copyOf puts a file where every user can read it.
+func copyOf(t *testing.T, path string) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "snilb-e2e-")
+	must(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	must(t, os.Chmod(dir, 0o755))
+	data, err := os.ReadFile(path)
+	must(t, err)
+	to := filepath.Join(dir, "snilb")
+	must(t, os.WriteFile(to, data, 0o755))
+	return to
+}
+
 const spare = "spare0"
 
 // bedWithSpare starts the backends, adds an uplink that no client needs, and returns the routes.
