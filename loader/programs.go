@@ -216,7 +216,11 @@ func (i *Instance) loadProgram(p place) (*ebpf.Program, error) {
 		// Ethernet header, and TC sees it from its IP header on. Other programs see all packets in one buffer.
 		spec.Programs[programOf[p.role]].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
+	var coll *ebpf.Collection
+	err = withPerfmon(func() (err error) {
+		coll, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("load program %s: %w", programOf[p.role], err)
 	}

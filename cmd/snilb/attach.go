@@ -19,6 +19,7 @@ import (
 
 	"snilb/loader"
 	"snilb/maps"
+	"snilb/userspace/api"
 	"snilb/userspace/config"
 )
 
@@ -63,6 +64,7 @@ func attachFlags() []cli.Flag {
 		&cli.StringFlag{Name: "mode", Usage: "attach by `MODE`: tc, or xdp (in the driver) or xdp-generic in front of it; for interfaces without =MODE and those towards backends", Value: string(loader.ModeTC)},
 		&cli.StringFlag{Name: "order", Usage: "the `PLACE` among other programs: first or last", Value: string(loader.OrderFirst)},
 		&cli.StringFlag{Name: "api", Usage: "listen for commands at `PATH` instead of /run/snilb/NAME.sock"},
+		&cli.StringFlag{Name: "api-owner", Usage: "let `USER[:GROUP]` give commands, instead of only the daemon's user"},
 		&cli.DurationFlag{Name: "dead-after", Usage: "take the daemon for dead after `DURATION` without a sign of it", Value: loader.DefaultDeadAfter},
 		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do at the end: detach, after the connections or --drain-timeout; or keep all for the next daemon", Value: exitDetach},
 		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` new connections meet then: pass (the stack has them, a proxy on the port or its RST), reset, or hold (they wait)", Value: string(loader.OnDeadPass)},
@@ -92,6 +94,7 @@ type attachOptions struct {
 	routes       string
 	name         string
 	socket       string // "": where the name puts it
+	socketOwner  *api.Owner
 	order        loader.Order
 	deadAfter    time.Duration
 	onExit       string
@@ -130,6 +133,9 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		return o, fmt.Errorf("--name: %w", err)
 	}
 	if o.sourcePorts, err = readPortRange(c.String("source-ports")); err != nil {
+		return o, err
+	}
+	if o.socketOwner, err = readOwner(c.String("api-owner")); err != nil {
 		return o, err
 	}
 	switch {

@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"snilb/loader"
+	"snilb/userspace/api"
 )
 
 // parseAttach reads a command line without attaching.
@@ -67,6 +68,11 @@ func TestAttachRefuses(t *testing.T) {
 		"eth0 --routes r --dead-after 9":             "invalid value",
 		"eth0 --routes r --log-format xml":           `--log-format "xml"`,
 		"eth0 --routes r --workers 65":               "--workers 65: use 1 to 64",
+		"eth0 --routes r --api-owner no-such-user":   `--api-owner "no-such-user": user: unknown user no-such-user: use USER or USER:GROUP`,
+		"eth0 --routes r --api-owner root:":          `--api-owner "root:": group: unknown group`,
+		"eth0 --routes r --api-owner :root":          `--api-owner ":root": user: unknown user`,
+		"eth0 --routes r --api-owner root:nosuchgrp": `unknown group nosuchgrp`,
+		"eth0 --routes r --api-owner 4294967295":     `unknown user`,
 		"eth0 --routes r --source-ports x":           `--source-ports "x": use FIRST-LAST`,
 		"eth0 --routes r --source-ports 20000":       `--source-ports "20000": use FIRST-LAST`,
 		"eth0 --routes r --source-ports 20003-20000": `--source-ports "20003-20000": use FIRST-LAST`,
@@ -80,10 +86,21 @@ func TestAttachRefuses(t *testing.T) {
 	}
 }
 
+func TestAPIOwner(t *testing.T) {
+	for word, want := range map[string]api.Owner{
+		"root": {UID: 0, GID: -1}, "root:root": {}, "12345": {UID: 12345, GID: -1}, "daemon:54321": {UID: 1, GID: 54321},
+	} {
+		o, errText := parseAttach(t, "eth0 --routes r --api-owner "+word)
+		if errText != "" || o.socketOwner == nil || *o.socketOwner != want {
+			t.Errorf("%s: %+v, %s", word, o.socketOwner, errText)
+		}
+	}
+}
+
 func TestExitCodes(t *testing.T) {
 	for line, want := range map[string]int{
 		"attach": exitUsage, "attach eth0 --nonsense": exitUsage, "nonsense": exitUsage, "--nonsense": exitUsage,
-		"attach lo --routes /nonexistent": exitFailed, "detach": exitUsage, "detach lo --all": exitUsage,
+		"attach lo --routes /nonexistent": exitFailed, "attach lo --routes /nonexistent --api-owner no-such-user": exitUsage, "detach": exitUsage, "detach lo --all": exitUsage,
 		"status -o xml": exitUsage, "status x": exitUsage, "flows -o xml": exitUsage, "status --name A": exitUsage,
 		"status --api /nonexistent": exitFailed, "flows --api /nonexistent": exitFailed, "config --api /nonexistent": exitFailed,
 		"version": 0, "version x": exitUsage, "": 0, "help": 0,

@@ -13,12 +13,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 
 	"snilb/loader"
 	"snilb/maps"
@@ -122,7 +124,7 @@ func (s *server) prepare() error {
 		path = s.instance.Socket()
 	}
 	// Before the engine, whose rings only Run closes.
-	if s.socket, err = api.Listen(path); err != nil {
+	if s.socket, err = api.Listen(path, s.o.socketOwner); err != nil {
 		return err
 	}
 	if s.engine, err = engine.New(s.engineOptions(), plan); err != nil {
@@ -193,8 +195,22 @@ func (s *server) run(signals <-chan os.Signal) error {
 	if err := s.instance.Attach(); err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
+	s.dropPrivileges()
 	s.announce()
 	return s.wait(signals)
+}
+
+// dropPrivileges keeps what the rest of the daemon's life needs. Root is refused then what
+// belongs to others.
+func (s *server) dropPrivileges() {
+	for _, p := range loader.DropPrivileges() {
+		s.log.Warn(p.What, "remedy", p.Remedy)
+	}
+	dir := filepath.Dir(s.socket.Addr().String())
+	if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+		s.log.Warn("the socket will not be removed at the end, as its directory is another user's", "directory", dir, "error", err,
+			"remedy", "choose a directory of root's by --api")
+	}
 }
 
 // announce says that the daemon steers.

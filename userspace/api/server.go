@@ -42,9 +42,15 @@ type Handlers struct {
 	Detach func()
 }
 
-// Listen opens the socket, for its owner alone. It takes the place of a socket
-// that nobody listens on any more, but of nothing else.
-func Listen(path string) (net.Listener, error) {
+// Owner is whom a socket belongs to.
+type Owner struct {
+	UID int
+	GID int // its members may use it too; -1: nobody but the user
+}
+
+// Listen opens the socket, for its owner alone: this process' user if owner is nil. It
+// takes the place of a socket that nobody listens on any more, but of nothing else.
+func Listen(path string, owner *Owner) (net.Listener, error) {
 	if err := refuseUsed(path); err != nil {
 		return nil, err
 	}
@@ -58,7 +64,7 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("listen for commands: %w", err)
 	}
 	l.SetUnlinkOnClose(false) // it knows the first name only
-	err = os.Chmod(building, 0o600)
+	err = give(building, owner)
 	if err == nil {
 		err = os.Rename(building, path)
 	}
@@ -66,6 +72,17 @@ func Listen(path string) (net.Listener, error) {
 		return nil, errors.Join(fmt.Errorf("listen for commands: %w", err), l.Close(), os.Remove(building))
 	}
 	return &socket{Listener: l, path: path}, nil
+}
+
+// give sets a socket's owner and mode, closed to all others at every moment.
+func give(path string, owner *Owner) error {
+	if err := os.Chmod(path, 0o600); err != nil || owner == nil {
+		return err
+	}
+	if err := os.Chown(path, owner.UID, owner.GID); err != nil || owner.GID < 0 {
+		return err
+	}
+	return os.Chmod(path, 0o660)
 }
 
 // refuseUsed returns an error if what is at path is not ours to replace.
