@@ -66,12 +66,15 @@ type Engine struct {
 	secret  pool.Key // of sequence numbers and timestamps, the same until a reboot
 	master  [32]byte // cookie keys come from it
 
-	plan    atomic.Pointer[Plan]
-	sources sources
-	peers   peers
-	flows   atomic.Int64 // bound now
-	held    atomic.Int64 // bytes that handshakes hold, themselves included
-	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
+	plan         atomic.Pointer[Plan]
+	reloading    sync.Mutex  // held while the plan changes
+	beating      sync.Mutex  // held while the kernel is told
+	sourceClient atomic.Bool // as if the plan had it: an earlier one did, or the next one does
+	sources      sources
+	peers        peers
+	flows        atomic.Int64 // bound now
+	held         atomic.Int64 // bytes that handshakes hold, themselves included
+	silent       atomic.Bool  // no heartbeat: SYNs go to the stack
 }
 
 // New makes an engine that decides by p.
