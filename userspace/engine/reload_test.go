@@ -3,6 +3,7 @@
 package engine
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 	"time"
@@ -93,6 +94,38 @@ func TestReloadInHello(t *testing.T) {
 	}
 	if n := d.e.Unsettled(); n != 0 {
 		t.Errorf("%d connections go by the old plan, and all are decided", n)
+	}
+}
+
+// All that is still to be decided of it goes by that plan too: what is no hello, and where to go without a backend.
+func TestReloadBeforeEnd(t *testing.T) {
+	d := newDeskOf(t, `
+listen: ":443"
+not_tls: alert
+pools:
+  p: {backends: ["192.0.2.11:443"], no_backend: "pool:spare"}
+  spare: {backends: ["192.0.2.12:443"]}
+routes: [{sni: a.example.com, pool: p}]
+`)
+	d.e.o.NextHop = func(to netip.Addr) (Hop, error) {
+		if to == netip.MustParseAddr("192.0.2.11") {
+			return Hop{}, errors.New("no route")
+		}
+		return Hop{Index: 1, MTU: 1500, Source: netip.MustParseAddr("192.0.2.1")}, nil
+	}
+	whole := helloOf("a.example.com")
+	plain, named := newClient(1), newClient(2)
+	d.sends(plain, 1, []byte("GE"), 0)
+	d.sends(named, 1, whole[:100], 0)
+	d.e.plan.Store(planOf(t, `listen: ":443"`+poolAndRoute, d.e.plan.Load()))
+	d.out = nil
+	d.sends(plain, 3, []byte("T / HTTP/1.1\r\nHost: a\r\n\r\n"), 0)
+	if s := d.last(); !s.Has(packet.FIN) {
+		t.Errorf("what is no hello: flags %#x, want the alert of the plan it began with", s.Flags)
+	}
+	d.sends(named, 101, whole[100:], 0)
+	if h := d.handshake(named); h.attempt.backend == nil || h.attempt.backend.Addr != netip.MustParseAddrPort("192.0.2.12:443") {
+		t.Errorf("without a backend: %+v, want the spare one of the plan it began with", h.attempt.backend)
 	}
 }
 
