@@ -60,6 +60,11 @@ func (i *Instance) AddBackend(addr netip.AddrPort, sources ...netip.Addr) (sourc
 // flows are not touched.
 func (i *Instance) RemoveBackend(addr netip.AddrPort) error {
 	dst := addr.Addr().Unmap()
+	i.mu.Lock() // or a worker that asks for the way there could enter a path behind us
+	defer i.mu.Unlock()
+	if i.closed {
+		return errClosed
+	}
 	var first error
 	for source := range i.backends.remove(dst, addr.Port()) {
 		err := i.tables.DeletePath(source, netip.AddrPortFrom(dst, addr.Port()))

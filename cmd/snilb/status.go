@@ -38,11 +38,32 @@ type statusDocument struct {
 	Ready      bool              `json:"ready"`
 	Draining   bool              `json:"draining"`
 	Routes     string            `json:"routes"` // the file
+	Reload     *reloadStatus     `json:"reload"` // when it was read last
 	Listeners  []listenerSummary `json:"listeners"`
 	Interfaces []interfaceStatus `json:"interfaces"`
 	Pools      []poolSummary     `json:"pools"`
 	// Engine is engine.Status, which the table prints without knowing it.
 	Engine any `json:"engine"`
+}
+
+// reloadStatus is how it went to read the file; the start counts as the first time.
+type reloadStatus struct {
+	OK    bool      `json:"ok"`
+	At    time.Time `json:"at"`
+	Error string    `json:"error,omitempty"` // a line a problem
+}
+
+// String is one line.
+func (r *reloadStatus) String() string {
+	at := r.At.Local().Format(time.DateTime)
+	if r.OK {
+		return "read at " + at
+	}
+	first, rest, _ := strings.Cut(r.Error, "\n")
+	if rest != "" {
+		first += " (and more)"
+	}
+	return fmt.Sprintf("reload failed at %s, the earlier ones are in force: %s", at, first)
 }
 
 type interfaceStatus struct {
@@ -102,6 +123,9 @@ func printStatusTable(out io.Writer, raw json.RawMessage, s *statusDocument) err
 	_, _ = fmt.Fprintf(w, "instance\t%s (pid %d, version %s)\n", s.Name, s.PID, s.Version)
 	_, _ = fmt.Fprintf(w, "state\t%s for %s\n", s.state(), time.Duration(s.Uptime*float64(time.Second)).Round(time.Second))
 	_, _ = fmt.Fprintf(w, "routes\t%s\n", s.Routes)
+	if s.Reload != nil {
+		_, _ = fmt.Fprintf(w, "\t%s\n", s.Reload)
+	}
 	for _, l := range s.Listeners {
 		_, _ = fmt.Fprintf(w, "listener\t%s\n", l.Name)
 	}

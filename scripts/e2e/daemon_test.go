@@ -41,6 +41,7 @@ type daemon struct {
 	t    *testing.T
 	bed  *testbed.Bed
 	name string // --name: unique, as instances share /sys/fs/bpf and /run
+	file string // --routes
 
 	cmd    *exec.Cmd
 	stderr *lines
@@ -83,7 +84,7 @@ func startBy(t *testing.T, bed *testbed.Bed, begin func(*exec.Cmd) error, name s
 	file := filepath.Join(t.TempDir(), "routes.yaml")
 	must(t, os.WriteFile(file, []byte(routes), 0o644))
 	argv := slices.Concat([]string{"attach"}, ifaces, []string{"--routes", file, "--name", name, "--mode", *mode}, args)
-	d := &daemon{t: t, bed: bed, name: name, stderr: newLines(), exited: make(chan struct{})}
+	d := &daemon{t: t, bed: bed, name: name, file: file, stderr: newLines(), exited: make(chan struct{})}
 	d.cmd = bed.LB.Command(context.Background(), binary, argv...)
 	d.cmd.Stderr = d.stderr
 	must(t, begin(d.cmd))

@@ -60,12 +60,13 @@ func collect(t *testing.T, c *Client) string {
 }
 
 func TestObjects(t *testing.T) {
-	detached := 0
+	detached, reloads, refused := 0, 0, error(nil)
 	path, _ := serve(t, Handlers{
 		Status: func() (any, error) { return map[string]int{"flows": 3}, nil },
 		Config: func() (any, error) { return nil, errors.New("no file") },
 		Flows:  flowsOf(1, "two"),
 		Detach: func() { detached++ },
+		Reload: func() error { reloads++; return refused },
 	})
 	c := NewClient("x", path)
 	raw, err := c.Status(t.Context())
@@ -77,6 +78,14 @@ func TestObjects(t *testing.T) {
 	}
 	if err := c.Detach(t.Context()); err != nil || detached != 1 {
 		t.Errorf("detach: %v, called %d times", err, detached)
+	}
+	if err := c.Reload(t.Context()); err != nil || reloads != 1 {
+		t.Errorf("reload: %v, called %d times", err, reloads)
+	}
+	refused = errors.New("r.yaml:1:2: one\nr.yaml:3:4: two")
+	var refusal *Refusal
+	if err := c.Reload(t.Context()); !errors.As(err, &refusal) || err.Error() != refused.Error() {
+		t.Errorf("refused reload: %v", err)
 	}
 	if got := collect(t, c); got != `1 "two"` {
 		t.Errorf("flows: %s", got)

@@ -22,6 +22,7 @@ const (
 	pathFlows  = "/v1/flows"
 	pathConfig = "/v1/config"
 	pathDetach = "/v1/detach"
+	pathReload = "/v1/reload"
 
 	jsonType  = "application/json"
 	linesType = "application/jsonl"
@@ -40,6 +41,7 @@ type Handlers struct {
 	Flows  func() (iter.Seq[any], error)
 	Config func() (any, error)
 	Detach func()
+	Reload func() error // its error is for people, as it stands
 }
 
 // Owner is whom a socket belongs to.
@@ -167,6 +169,13 @@ func handler(h Handlers) http.Handler {
 		h.Detach()
 		w.WriteHeader(http.StatusAccepted)
 	})
+	mux.HandleFunc("POST "+pathReload, func(w http.ResponseWriter, _ *http.Request) {
+		if err := h.Reload(); err != nil {
+			refuseWith(w, http.StatusUnprocessableEntity, err)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
 	return mux
 }
 
@@ -187,8 +196,12 @@ type failure struct {
 }
 
 func refuse(w http.ResponseWriter, err error) {
+	refuseWith(w, http.StatusInternalServerError, err)
+}
+
+func refuseWith(w http.ResponseWriter, status int, err error) {
 	w.Header().Set("Content-Type", jsonType)
-	w.WriteHeader(http.StatusInternalServerError)
+	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(failure{err.Error()})
 }
 

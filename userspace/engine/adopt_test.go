@@ -361,7 +361,7 @@ func TestAdoptLate(t *testing.T) {
 		hello := clientHello(t)
 		s := packet.Segment{Src: p.Client.Src, Dst: p.Client.Dst, Seq: 1001, Ack: 5001, Flags: packet.ACK | packet.PSH, Payload: hello}
 		again := s
-		w.clientSegment(0, &again)
+		w.clientSegment(1, &again)
 		sent, requests := d.segments(0)
 		if len(w.handshakes) != 0 || k.entries() != 2 || d.Bound() != 1 {
 			t.Fatalf("the flow is cut: %d handshakes, %d entries", len(w.handshakes), k.entries())
@@ -379,7 +379,7 @@ func TestAdoptLate(t *testing.T) {
 		// The same from a new connection: a SYN has removed the client's entry.
 		must(t, k.tables.DeleteFlow(maps.LegClient, p.Client))
 		again = s
-		w.clientSegment(0, &again)
+		w.clientSegment(1, &again)
 		if len(w.handshakes) != 1 || k.entries() != 0 || d.Bound() != 0 || w.stats.closed["replaced"] != 1 {
 			t.Errorf("%d handshakes, %d entries, %d bound, closed %v", len(w.handshakes), k.entries(), d.Bound(), w.stats.closed)
 		}

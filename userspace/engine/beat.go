@@ -52,6 +52,8 @@ func (e *Engine) stuck(pulses []pulse) (found *worker) {
 // beat writes what the kernel reads while running: the sign of life, the wall
 // clock's distance, the cookie keys around the current slot, the MSS to announce.
 func (e *Engine) beat() error {
+	e.beating.Lock() // or an older state could be written over a newer one
+	defer e.beating.Unlock()
 	now, wall := e.clock.now(), time.Now().UnixNano()
 	live := maps.Live{Beat: uint64(now), WallOffset: uint64(wall - now)}
 	if e.silent.Load() {
@@ -59,9 +61,10 @@ func (e *Engine) beat() error {
 	}
 	live.Keys = e.cookieKeys(uint64(wall) / maps.CookieSlotNanoseconds)
 	mss4, mss6 := e.o.MSS()
-	say := e.peers.announcement(e.plan.Load().pools, mss4, mss6)
+	plan := e.plan.Load()
+	say := e.peers.announcement(plan.pools, mss4, mss6)
 	live.Mss4, live.Mss6, live.Flags = say.mss4, say.mss6, say.flags
-	if e.plan.Load().sourceClient {
+	if plan.sourceClient || e.sourceClient.Load() {
 		live.Flags |= maps.LiveSourceClient
 	}
 	if e.o.HasSockets() {
@@ -130,6 +133,7 @@ func (e *Engine) runBeat(ctx context.Context, fail context.CancelCauseFunc) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+			e.dropSourceClient()
 			if err := h.beat(); err != nil {
 				fail(err)
 				return

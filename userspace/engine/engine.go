@@ -69,14 +69,17 @@ type Engine struct {
 	workers []*worker
 	secret  pool.Key // of sequence numbers and timestamps, the same until a reboot
 
-	plan    atomic.Pointer[Plan]
-	sources sources
-	peers   peers
-	flows   atomic.Int64 // bound now
-	held    atomic.Int64 // bytes that handshakes hold, themselves included
-	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
-	beaten  atomic.Int64 // when: CLOCK_MONOTONIC ns
-	owned   ownedHellos
+	plan         atomic.Pointer[Plan]
+	reloading    sync.Mutex  // held while the plan changes
+	beating      sync.Mutex  // held while the kernel is told
+	sourceClient atomic.Bool // as if the plan had it: an earlier one did, or the next one does
+	sources      sources
+	peers        peers
+	flows        atomic.Int64 // bound now
+	held         atomic.Int64 // bytes that handshakes hold, themselves included
+	silent       atomic.Bool  // no heartbeat: SYNs go to the stack
+	beaten       atomic.Int64 // when: CLOCK_MONOTONIC ns
+	owned        ownedHellos
 
 	quiescing atomic.Bool // no new connection is begun
 

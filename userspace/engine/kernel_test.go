@@ -85,7 +85,7 @@ func planOf(t testing.TB, routes string, known map[pool.Identity]uint16) *Plan {
 	t.Helper()
 	c, err := config.Parse("test", []byte("version: 1\n"+routes))
 	must(t, err)
-	p, err := newPlan(c, known)
+	p, err := newPlan(c, known, nil)
 	must(t, err)
 	return p
 }

@@ -224,7 +224,7 @@ func (w *worker) event(raw []byte) {
 	}
 	switch maps.EventKind(h.Kind) {
 	case maps.EventHello:
-		w.clientSegment(int(h.Listener)-1, &s)
+		w.clientSegment(h.Listener, &s)
 	case maps.EventBackend:
 		w.backendSegment(&s)
 	case maps.EventClosing:
@@ -256,7 +256,7 @@ func readEventHeader(raw []byte) maps.EventHeader {
 }
 
 // clientSegment is data, FIN or RST of a client whose cookie is good.
-func (w *worker) clientSegment(listener int, s *packet.Segment) {
+func (w *worker) clientSegment(listener uint16, s *packet.Segment) {
 	w.hearEnds()
 	c := connection{client: s.Src, listener: s.Dst}
 	cookie := s.Ack - 1
