@@ -6,11 +6,9 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -128,17 +126,7 @@ func flowMap(t *testing.T, d *daemon, v6 bool) *ebpf.Map {
 	if v6 {
 		name = "flows6"
 	}
-	var path string
-	_ = filepath.WalkDir(pinRoot, func(p string, _ fs.DirEntry, err error) error {
-		instance, _, _ := strings.Cut(filepath.Base(filepath.Dir(p)), "@") // behind it is the namespace's cookie
-		if err == nil && instance == d.name && filepath.Base(p) == name {
-			path = p
-		}
-		return nil
-	})
-	m, err := ebpf.LoadPinnedMap(path, nil)
-	must(t, err)
-	return m
+	return openPins(t, d.name, name)
 }
 
 // fill inserts entries of no leg until there is no room.
