@@ -24,7 +24,7 @@ func main() {
 func newApp() *cli.App {
 	commands := []*cli.Command{
 		attachCommand(), detachCommand(), checkCommand(), explainCommand(),
-		statusCommand(), flowsCommand(), configCommand(), benchCommand(), versionCommand(),
+		statusCommand(), flowsCommand(), configCommand(), benchCommand(), versionCommand(), docsCommand(),
 	}
 	return &cli.App{
 		Name:            "snilb",
