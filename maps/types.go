@@ -121,7 +121,9 @@ const (
 	ProgramJobs    = bpfProgSnilbJobs
 	ProgramXDP     = xdpProgSnilbXdp // in SpecXDP
 
-	MapJobs = bpfMapJobs // what ProgramJobs and its callers share
+	MapJobs     = bpfMapJobs // what ProgramJobs and its callers share
+	MapCounters = bpfMapCounters
+	MapInstance = bpfMapInstance
 
 	VarCounterSlot     = bpfVarCounterSlot     // uint32
 	VarWorkers         = bpfVarWorkers         // uint32
