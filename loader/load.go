@@ -54,6 +54,7 @@ type Instance struct {
 	// attached holds the reference to every link: a link that is collected as garbage takes its program off.
 	attached  map[attachKey]*attachment
 	slots     map[slotKey]uint32
+	gone      []goneProgram
 	serving   bool // Attach was called: interfaces that come back are attached again
 	closed    bool
 	noTCX     bool
@@ -187,7 +188,7 @@ func (i *Instance) build() (err error) {
 		func(dst netip.Addr) (route, error) { return lookupRoute(i.ns, dst) },
 	)
 	if i.opts.usesXDP() {
-		i.hops.own = &ownDestinations{log: i.log}
+		i.hops.own.log, i.hops.own.everybody = i.log, true
 		i.neighbours = newNeighbourTable(i.ns, i.dir, i.hops.setNeighbour, i.log)
 	}
 	return nil
@@ -239,7 +240,7 @@ func (i *Instance) Close() error {
 
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	errs := []error{i.detachAll()}
+	errs := []error{i.detachAll(), i.dropGone(len(i.gone))}
 	if i.neighbours != nil {
 		errs = append(errs, i.neighbours.close())
 	}
