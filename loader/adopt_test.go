@@ -473,6 +473,7 @@ func TestAdoptHops(t *testing.T) {
 		addr("192.0.2.2"): {ifindex: 3, gateway: addr("10.8.0.254"), mtu: 1400},
 		addr("192.0.2.3"): {ifindex: 3, gateway: addr("10.8.0.254"), mtu: 1400},
 		addr("192.0.2.4"): {ifindex: 2, gateway: addr("10.9.0.253")},
+		addr("10.9.0.7"):  {ifindex: 2, mtu: 1400}, // on the link, with an entry of its own
 	}
 	written := make(map[uint16]maps.Nexthop)
 	table := newHopTable(
@@ -490,11 +491,13 @@ func TestAdoptHops(t *testing.T) {
 	limited, _, err := table.within(two, addr("192.0.2.3"), 1300)
 	must(t, err)
 	unused := take("192.0.2.4")
-	before := map[uint16]maps.Nexthop{one: written[one], two: written[two], limited: written[limited], unused: written[unused]}
+	table.own.add(addr("10.9.0.7"))
+	own := take("10.9.0.7")
+	before := map[uint16]maps.Nexthop{one: written[one], two: written[two], limited: written[limited], unused: written[unused], own: written[own]}
 
 	table = newHopTable(table.write, table.find)
 	table.adopt(before, map[uint16][]netip.Addr{
-		one: {addr("192.0.2.1")}, two: {addr("192.0.2.2")}, limited: {addr("192.0.2.3")},
+		one: {addr("192.0.2.1")}, two: {addr("192.0.2.2")}, limited: {addr("192.0.2.3")}, own: {addr("10.9.0.7")},
 	}, link)
 	must(t, table.refresh(link))
 	for index, want := range before {
@@ -504,6 +507,9 @@ func TestAdoptHops(t *testing.T) {
 	}
 	if take("192.0.2.1") != one || take("192.0.2.2") != two {
 		t.Error("another entry for what has one")
+	}
+	if take("10.9.0.7") != own {
+		t.Error("another entry for a destination on the link")
 	}
 	if again, _, err := table.within(two, addr("192.0.2.3"), 1300); err != nil || again != limited {
 		t.Errorf("another entry for the limit: %d, %v", again, err)

@@ -21,6 +21,7 @@ type attachment struct {
 	role    Role
 	mode    Mode
 	slot    uint32
+	at      place
 	prog    *ebpf.Program
 	hook    hook
 	adopted bool // an earlier daemon attached it, and ours took its program's place
@@ -176,7 +177,8 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 	if err := step("load"); err != nil {
 		return nil, err
 	}
-	if a.prog, err = i.loadProgram(at); err != nil {
+	a.at = at
+	if a.prog, err = i.programFor(at); err != nil {
 		return nil, err
 	}
 	if err = step("hook"); err == nil {

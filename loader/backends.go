@@ -49,6 +49,7 @@ func (i *Instance) AddBackend(addr netip.AddrPort, sources ...netip.Addr) (sourc
 	}
 	dst := addr.Addr().Unmap()
 	i.backends.add(dst, addr.Port(), sources)
+	i.hops.own.add(dst)
 	h, err := i.resolve(dst)
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("backend %v: %w", addr, err)

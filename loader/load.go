@@ -53,6 +53,7 @@ type Instance struct {
 	// attached holds the reference to every link: a link that is collected as garbage takes its program off.
 	attached  map[attachKey]*attachment
 	record    maps.InstanceRecord
+	gone      []goneProgram
 	serving   bool // Attach was called: interfaces that come back are attached again
 	mine      bool // Close may remove the state: we made it, or took it over to the end
 	closed    bool
@@ -202,7 +203,7 @@ func (i *Instance) createHops() error {
 		func(dst netip.Addr) (route, error) { return lookupRoute(i.ns, dst) },
 	)
 	if i.opts.usesXDP() {
-		i.hops.own = &ownDestinations{log: i.log}
+		i.hops.own.log, i.hops.own.everybody = i.log, true
 		i.neighbours = newNeighbourTable(i.ns, i.dir, i.hops.setNeighbour, i.log)
 	}
 	if i.state == nil {
@@ -303,7 +304,7 @@ func (i *Instance) end(leave bool) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	stay := leave && i.serving
-	errs := []error{i.detachAll(stay)}
+	errs := []error{i.detachAll(stay), i.dropGone(len(i.gone))}
 	if i.neighbours != nil && !stay {
 		errs = append(errs, i.neighbours.close())
 	}

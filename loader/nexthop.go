@@ -103,12 +103,17 @@ func (k *hopKey) neighbour() neighbourKey {
 }
 
 // Destinations on links that have entries of their own.
-const maxOwnDestinations = 1024
+const (
+	maxOwnDestinations = 1024
+	maxOwnBackends     = 16384
+)
 
-// ownDestinations are those on links that do not share an entry: XDP sends to the one
-// link address that an entry has. nil has none.
+// ownDestinations are those on links that do not share an entry: backends, as bound flows
+// follow an entry when all of its destinations move, and one backend may move alone; and
+// with XDP, which sends to the one link address that an entry has, everybody.
 type ownDestinations struct {
-	log *slog.Logger
+	log       *slog.Logger
+	everybody bool
 
 	mu   sync.Mutex
 	all  map[netip.Addr]bool
@@ -117,13 +122,10 @@ type ownDestinations struct {
 
 // has reports whether a destination is one of them, and makes it one while there is room.
 func (o *ownDestinations) has(dst netip.Addr) bool {
-	if o == nil {
-		return false
-	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.all[dst] {
-		return true
+	if o.all[dst] || !o.everybody {
+		return o.all[dst]
 	}
 	if len(o.all) >= maxOwnDestinations {
 		if !o.full {
@@ -132,11 +134,17 @@ func (o *ownDestinations) has(dst netip.Addr) bool {
 		}
 		return false
 	}
-	if o.all == nil {
-		o.all = make(map[netip.Addr]bool)
-	}
 	o.all[dst] = true
 	return true
+}
+
+// add makes a backend one of them.
+func (o *ownDestinations) add(dst netip.Addr) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.all) < maxOwnDestinations+maxOwnBackends {
+		o.all[dst] = true
+	}
 }
 
 // hop is one entry of the nexthops table. Bound flows hold its index, so it is
@@ -156,7 +164,7 @@ const hopSamples = 8
 type hopTable struct {
 	write func(uint32, *maps.Nexthop) error
 	find  func(netip.Addr) (route, error) // asks the kernel
-	own   *ownDestinations                // nil without XDP
+	own   *ownDestinations
 
 	mu     sync.Mutex
 	byKey  map[hopKey]uint16 // what new flows are given
@@ -175,6 +183,7 @@ func newHopTable(write func(uint32, *maps.Nexthop) error, find func(netip.Addr) 
 		byHome: make(map[hopKey]uint16),
 		hops:   make([]hop, 1),
 
+		own:       &ownDestinations{all: make(map[netip.Addr]bool)},
 		addresses: make(map[neighbourKey][6]byte),
 	}
 }
@@ -274,6 +283,9 @@ func (t *hopTable) keyWritten(h *hop) hopKey {
 	key := hopKey{ifindex: int(h.written.Ifindex), family: h.written.Family}
 	if h.written.Gateway != [4]uint32{} {
 		key.gateway = maps.Addr(h.written.Gateway)
+		if slices.Contains(h.samples, key.gateway) {
+			t.own.add(key.gateway)
+		}
 	}
 	if r, err := t.find(h.samples[0]); err == nil {
 		if now := t.keyOf(h.samples[0], r); now.ifindex == key.ifindex && now.gateway == key.gateway {

@@ -60,7 +60,7 @@ type server struct {
 
 	hangups   chan struct{}           // holds the wish of SIGHUP
 	reloading sync.Mutex              // held by one reload, which reads and writes the rest
-	backends  map[netip.AddrPort]bool // that the loader has
+	backends  map[netip.AddrPort]bool // that the loader has; true: without an error
 	passing   bool                    // some of them may be in force no more
 	over      bool                    // no reload any more
 }

@@ -193,8 +193,8 @@ func (s *server) fixed(c *config.Config) config.Problems {
 func (s *server) addBackends(c *config.Config) error {
 	problems := eachBackend(c, func(addr netip.AddrPort, sources []netip.Addr) error {
 		known := s.backends[addr]
-		s.backends[addr] = true
 		_, err := s.instance.AddBackend(addr, sources...)
+		s.backends[addr] = known || err == nil
 		if known && err != nil {
 			s.log.Warn("backend out of reach", "backend", addr, "error", err)
 			return nil

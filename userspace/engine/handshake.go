@@ -87,8 +87,8 @@ type handshake struct {
 func (w *worker) newHandshake(c connection, id uint16, s *packet.Segment) *handshake {
 	plan := w.e.plan.Load()
 	listener := plan.listeners[id]
-	if listener == nil {
-		w.stats.staleEvents++ // a reload has taken it away since
+	if listener == nil || !listener.Takes(c.listener) {
+		w.stats.staleEvents++ // a reload has taken it away since, or a daemon with other numbers read the routes
 		return nil
 	}
 	limits := plan.config.Limits
