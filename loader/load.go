@@ -328,7 +328,7 @@ func (i *Instance) end(leave bool) error {
 	}
 	if i.lock != nil {
 		if i.mine && !stay {
-			errs = append(errs, releaseMarked(i.ns, i.dir), removeDir(i.dir)) // marks of an earlier daemon too
+			errs = append(errs, releaseMarked(i.ns, i.dir), removeDir(i.dir), removeJournal(i.ns, i.opts.Name)) // marks of an earlier daemon too
 		}
 		errs = append(errs, removeDir(i.dir+unfinished), removeEmpty(stateDir), i.lock.release())
 	}
@@ -397,6 +397,10 @@ func (i *Instance) Directory() string { return i.dir }
 func (i *Instance) Socket() string {
 	return filepath.Join(runDir, i.opts.Name+i.ns.suffix+".sock")
 }
+
+// Journal returns where the engine may note what the next daemon shall know of flows. It
+// goes with the state.
+func (i *Instance) Journal() string { return journalIn(i.ns, i.opts.Name) }
 
 // MTU returns the MSS to announce to clients, by address family: what the smallest
 // MTU on the way to a backend holds, as all that a client sends goes there.

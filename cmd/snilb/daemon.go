@@ -123,7 +123,7 @@ func (s *server) prepare() error {
 	if len(problems) > 0 {
 		return problems
 	}
-	plan, err := engine.NewPlan(c, nil)
+	plan, err := engine.FirstPlan(c, engine.KnownIDs(s.instance.Journal()))
 	if err != nil {
 		return err
 	}
@@ -158,6 +158,7 @@ func (s *server) engineOptions() engine.Options {
 		MSS:             s.instance.MTU,
 		HasSockets:      s.instance.HasSockets,
 		Secret:          s.instance.Secret(),
+		Journal:         s.instance.Journal(),
 		SourcePortFirst: s.ports[0],
 		SourcePortLast:  s.ports[1],
 		SourcePortsOwn:  s.o.sourcePorts,

@@ -27,6 +27,9 @@ type adopting struct {
 	generations bitset // in use
 }
 
+// smallestMSS is the least that segmentSize returns.
+const smallestMSS = 64
+
 // smallestSegment is what every way takes that is in use (the smallest classes of a cookie, less the timestamps): for flows
 // of which nothing better is known.
 func smallestSegment(v4 bool) uint16 {
@@ -38,7 +41,11 @@ func smallestSegment(v4 bool) uint16 {
 
 // adopt is done before anything else touches the flows.
 func (e *Engine) adopt() error {
-	a := &adoption{e: e, now: e.clock.now(), names: newNames(e.plan.Load()), of: make([]adopting, len(e.workers))}
+	known, err := e.journal.knownIDs()
+	if err != nil {
+		e.o.Log.Warn("journal not read: flows are taken over without their names", "error", err)
+	}
+	a := &adoption{e: e, now: e.clock.now(), names: newNames(e.plan.Load(), known), of: make([]adopting, len(e.workers))}
 	for _, read := range []func(maps.Leg, maps.Tuple, *maps.Entry){a.readClient, a.readBackend} {
 		if err := e.o.Tables.Flows(read); err != nil {
 			return err
@@ -46,6 +53,9 @@ func (e *Engine) adopt() error {
 		if a.err != nil {
 			return a.err
 		}
+	}
+	if err == nil {
+		a.recall(e.journal)
 	}
 	for _, w := range e.workers {
 		a.settle(w)
@@ -144,6 +154,9 @@ func (a *adoption) settle(w *worker) {
 		}
 		v := w.flows.wayOf(f)
 		v.ports = a.ports(w, f, v.backend)
+		if f.local.port < a.e.o.SourcePortFirst || f.local.port > a.e.o.SourcePortLast {
+			a.e.sourceClient.Store(true) // or the kernel would not look for its entry
+		}
 		w.flows.setWay(f, v)
 		switch {
 		case f.closing.ended():

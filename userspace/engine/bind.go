@@ -78,6 +78,7 @@ func (h *handshake) settle(w *worker) *flow {
 	f.cookie, f.generation, f.bound = h.cookie, w.generation, h.progress
 	toClient := segmentSize(h.options.MSS, a.hop.MTU, h.client.Addr().Is4(), h.options.HasTimestamps)
 	f.mss = uint16(min(h.segmentSize(), toClient))
+	w.note(f)
 	delete(w.leases, a.tuple())
 	a.local = local{} // it is the flow's now
 	w.drop(h)

@@ -42,12 +42,21 @@ func idle(now int64, lastSeen uint32) time.Duration {
 // bootSecret keys sequence numbers and timestamps: nobody else's to know, and the
 // same for every daemon of this boot, so that they go on rising over a restart.
 func bootSecret() (pool.Key, error) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	id, err := bootID()
 	if err != nil {
-		return pool.Key{}, fmt.Errorf("read the boot id: %w", err)
+		return pool.Key{}, err
 	}
 	sum := sha256.Sum256(append([]byte("snilb sequence numbers "), id...))
 	return pool.Key(sum[:16]), nil
+}
+
+// bootID is another one after each boot.
+func bootID() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read the boot id: %w", err)
+	}
+	return string(id), nil
 }
 
 // numbers are the initial sequence number and timestamp of a connection from

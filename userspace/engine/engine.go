@@ -80,6 +80,7 @@ type Engine struct {
 	silent       atomic.Bool  // no heartbeat: SYNs go to the stack
 	beaten       atomic.Int64 // when: CLOCK_MONOTONIC ns
 	owned        ownedHellos
+	journal      *journal // nil: none
 
 	quiescing atomic.Bool // no new connection is begun
 
@@ -105,6 +106,9 @@ func New(o Options, p *Plan) (*Engine, error) {
 	e := &Engine{o: o, clock: newClock(), secret: secret, owned: o.Tables}
 	e.started = e.clock.now()
 	e.plan.Store(p)
+	if e.journal, err = newJournal(e, o.Journal); err != nil {
+		return nil, err
+	}
 	for i := range o.Rings {
 		w := newWorker(e, i, o.Queues[i])
 		w.jobs = o.Jobs[i]
@@ -118,6 +122,9 @@ func New(o Options, p *Plan) (*Engine, error) {
 	}
 	if err := e.findOrphans(); err != nil {
 		return nil, errors.Join(err, e.free())
+	}
+	if e.journal != nil {
+		e.journal.step() // what ids mean, before anything new is bound
 	}
 	// Before any program is attached: none must find the daemon dead.
 	if err := e.beat(); err != nil {
@@ -144,12 +151,18 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 	all.Go(func() { e.runBeat(ctx, cancel) })
 	all.Go(func() { e.runSweep(ctx) })
+	if e.journal != nil {
+		all.Go(func() { e.journal.run(ctx) })
+	}
 	<-ctx.Done()
 	var errs []error
 	for _, w := range e.workers {
 		errs = append(errs, w.stop())
 	}
 	all.Wait()
+	if e.journal != nil {
+		e.journal.step() // what was bound last
+	}
 	if err := errors.Join(append(errs, e.free())...); err != nil {
 		e.o.Log.Warn("close the rings", "error", err)
 	}
@@ -188,6 +201,9 @@ func (e *Engine) Live() int {
 
 // free gives back what the workers' runs needed.
 func (e *Engine) free() (err error) {
+	if e.journal != nil {
+		err = e.journal.Close()
+	}
 	for _, w := range e.workers {
 		err = errors.Join(err, w.free())
 	}

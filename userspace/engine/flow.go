@@ -20,6 +20,9 @@ const (
 	// on most ways (RFC 6298 with Linux's least of 200 ms). Who asks for the last ACK later than that is answered by a
 	// reset, where a new connection would find no port.
 	closedHurry = 300 * time.Millisecond
+	// unheardQuiet is how long a flow must be silent that both sides have ended, where it is not known whether the last FIN was
+	// acknowledged: who still repeats it does so in less, unless all was lost for as long (RFC 6298 5.5).
+	unheardQuiet = 15 * time.Second
 	// outlived is how long after its RST a side that still sends is alive.
 	outlived = 3 * time.Second
 	// resetQuiet is how long a flow must be silent after a RST, which may have
@@ -134,7 +137,9 @@ func (f *flow) judge(w *worker, up, down *maps.Entry) (reason string) {
 	if silent >= staleAfter {
 		f.noticeEnds(up, down)
 	}
-	f.outliveReset(w.now, up, down)
+	if f.outliveReset(w.now, up, down) {
+		w.note(f)
+	}
 	v := w.flows.wayOf(f)
 	if reason := f.over(&v, w.now, up, down, silent); reason != "" {
 		if reason != "closed" && reason != "reset" {
@@ -173,24 +178,29 @@ func (f *flow) noticeEnds(up, down *maps.Entry) {
 
 // outliveReset forgets a RST whose sender went on: it was forged, or at a wrong
 // number. Who has reset only answers what was still under way.
-func (f *flow) outliveReset(now int64, up, down *maps.Entry) {
+// Returns true if so.
+func (f *flow) outliveReset(now int64, up, down *maps.Entry) bool {
 	c := &f.closing
 	if !c.reset || c.unheard != [2]bool{} {
-		return
+		return false
 	}
 	entry := up
 	if maps.Leg(c.resetBy) == maps.LegBackend {
 		entry = down
 	}
 	if now-int64(idle(now, entry.Flow.LastSeen)) < c.resetAt+int64(outlived) {
-		return
+		return false
 	}
 	f.outlived[c.resetBy] = true // the entry's mark stays
 	c.reset = false
+	return true
 }
 
 func (f *flow) quietNow(v *way, up, down *maps.Entry) time.Duration {
 	if f.closing.bothFINs() && !f.closing.reset && !f.acknowledged(up, down) {
+		if f.closing.unheard != [2]bool{} {
+			return min(unheardQuiet, v.timeouts.Closing)
+		}
 		return v.timeouts.Closing
 	}
 	return f.quiet(v, true)

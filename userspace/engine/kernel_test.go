@@ -81,11 +81,11 @@ routes:
   - {sni: b.example.com, pool: clients}
 `
 
-func planOf(t testing.TB, routes string, known map[pool.Identity]uint16) *Plan {
+func firstPlan(t testing.TB, routes string, known map[pool.Identity]uint16) *Plan {
 	t.Helper()
 	c, err := config.Parse("test", []byte("version: 1\n"+routes))
 	must(t, err)
-	p, err := newPlan(c, known, nil)
+	p, err := FirstPlan(c, known)
 	must(t, err)
 	return p
 }
@@ -103,6 +103,7 @@ func (k *kernel) try(p *Plan, change func(*Options)) (*daemon, error) {
 			}
 			return Hop{Index: 1, MTU: 1500, Source: source}, nil
 		},
+		NextHopWithin:   func(_ netip.Addr, mtu int) (Hop, error) { return Hop{Index: 2, MTU: mtu}, nil },
 		MSS:             func() (uint16, uint16) { return 1460, 1440 },
 		HasSockets:      func() bool { return false },
 		SourcePortFirst: 20000, SourcePortLast: 20099, SourcePortsOwn: [2]uint16{20000, 20099},

@@ -70,6 +70,7 @@ func (e *Engine) findOrphans() error {
 // only then, so that a daemon that dies meanwhile leaves the rest to the next one.
 func (e *Engine) resetOrphans() error {
 	w := e.workers[0]
+	w.now = e.clock.now()
 	for _, o := range e.orphans {
 		// All that we ever sent was the SYN-ACK: the reset is where the client waits.
 		w.send(&packet.Segment{Src: o.client.Dst, Dst: o.client.Src, Seq: o.cookie + 1, Flags: packet.RST})

@@ -39,6 +39,12 @@ func NewPlan(c *config.Config, old *Plan) (*Plan, error) {
 	return newPlan(c, known, old)
 }
 
+// FirstPlan is the first one of a daemon that comes after another. Backends that the other knew, by KnownIDs, keep their ids, and no
+// others get these.
+func FirstPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
+	return newPlan(c, known, nil)
+}
+
 func newPlan(c *config.Config, known map[pool.Identity]uint16, old *Plan) (*Plan, error) {
 	pools, err := pool.Build(c, known)
 	if err != nil {

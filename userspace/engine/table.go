@@ -248,6 +248,16 @@ func (t *table) setWay(f *flow, w way) {
 	t.ways.release(old)
 }
 
+func (t *table) setName(f *flow, name string) {
+	old := f.name
+	f.name = t.names.hold(name)
+	t.names.release(old)
+}
+
+func (t *table) setOrigin(f *flow, origin netip.AddrPort) {
+	t.origins[t.number(f)] = endpointOf(origin)
+}
+
 // clientTuple is what the client's packets show.
 func (f *flow) clientTuple() maps.Tuple {
 	return maps.Tuple{Src: f.client.addrPort(), Dst: f.listener.addrPort()}

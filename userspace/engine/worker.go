@@ -58,6 +58,7 @@ type worker struct {
 	refused    int // of handshakes, those in that phase
 	generation uint16
 	frame      []byte
+	diary      diary
 	stats      stats
 	log        limiter
 }
@@ -71,6 +72,7 @@ func newWorker(e *Engine, id int, queue io.Writer) *worker {
 		paths:      make(map[pathKey]*ports),
 		log:        limiter{log: e.o.Log},
 		stats:      newStats(),
+		diary:      diary{lost: true}, // none is begun
 	}
 	now := e.clock.now()
 	w.timers = newTimers(now, func(h *handshake) *uint32 { return &h.timer })
