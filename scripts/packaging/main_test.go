@@ -4,13 +4,20 @@ package packaging
 
 import (
 	"bytes"
+	"context"
+	"crypto/tls"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"snilb/scripts/testbed"
 )
@@ -134,4 +141,41 @@ func newBed(t *testing.T) *testbed.Bed {
 // routesOf are routes to the bed's first backend.
 func routesOf(bed *testbed.Bed) string {
 	return fmt.Sprintf("version: 1\nlisten: \":443\"\npools:\n  p: {backends: [\"%v:443\"]}\nroutes: [{sni: a.example.com, pool: p}]\n", bed.Backends4[0])
+}
+
+// site is a TLS server behind the load balancer.
+type site struct {
+	bed  *testbed.Bed
+	cert *testbed.Cert
+}
+
+func startSite(t *testing.T, bed *testbed.Bed) *site {
+	t.Helper()
+	cert, err := testbed.NewCert("a.example.com")
+	must(t, err)
+	backend, err := testbed.StartBackend(bed.Backend, "b1", netip.AddrPortFrom(bed.Backends4[0], 443), cert)
+	must(t, err)
+	t.Cleanup(func() { _ = backend.Close() })
+	return &site{bed, cert}
+}
+
+// assertServed has a client get an answer of the backend by way of the load balancer.
+func (s *site) assertServed(t *testing.T) {
+	t.Helper()
+	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		TLSClientConfig:   &tls.Config{RootCAs: s.cert.Pool, ServerName: "a.example.com"},
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return s.bed.Client.DialContext(ctx, "tcp", netip.AddrPortFrom(s.bed.VIP4, 443).String())
+		},
+	}}
+	answer, err := client.Get("https://a.example.com/")
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer func() { _ = answer.Body.Close() }()
+	if body, err := io.ReadAll(answer.Body); err != nil || !strings.HasPrefix(string(body), "b1 ") {
+		t.Errorf("the answer is %q, %v", body, err)
+	}
 }
