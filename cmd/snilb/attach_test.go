@@ -100,7 +100,7 @@ func TestAPIOwner(t *testing.T) {
 func TestExitCodes(t *testing.T) {
 	for line, want := range map[string]int{
 		"attach": exitUsage, "attach eth0 --nonsense": exitUsage, "nonsense": exitUsage, "--nonsense": exitUsage,
-		"attach lo --routes /nonexistent": exitFailed, "attach lo --routes /nonexistent --api-owner no-such-user": exitUsage, "detach": exitUsage, "detach lo --all": exitUsage,
+		"attach lo --routes /nonexistent": exitFailed, "attach lo --routes /nonexistent --api-owner no-such-user": exitUsage, "doctor lo": exitFailed, "doctor -o xml": exitUsage, "doctor --nonsense": exitUsage, "detach": exitUsage, "detach lo --all": exitUsage,
 		"status -o xml": exitUsage, "status x": exitUsage, "flows -o xml": exitUsage, "status --name A": exitUsage,
 		"status --api /nonexistent": exitFailed, "flows --api /nonexistent": exitFailed, "config --api /nonexistent": exitFailed,
 		"version": 0, "version x": exitUsage, "": 0, "help": 0,

@@ -72,7 +72,7 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 		o: o, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
 		failed: make(chan error, 6), asked: make(chan struct{}, 1), hangups: make(chan struct{}, 1),
 		backends: make(map[netip.AddrPort]bool),
-		leave: o.onExit == exitKeep,
+		leave:    o.onExit == exitKeep,
 	}
 	s.config.Store(c)
 	s.reloaded.Store(&reloadStatus{OK: true, At: s.started})

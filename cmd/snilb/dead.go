@@ -3,7 +3,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -93,14 +92,8 @@ func printDead(out io.Writer, format string, d *deadDocument) error {
 		if err := printDeadTable(out, d); err != nil {
 			return err
 		}
-	} else {
-		raw, err := json.Marshal(d)
-		if err == nil {
-			err = printDocument(out, format, raw)
-		}
-		if err != nil {
-			return err
-		}
+	} else if err := printJSON(out, format, d); err != nil {
+		return err
 	}
 	return cli.Exit(fmt.Sprintf("daemon %s does not steer: it is dead", d.Name), exitFailed)
 }

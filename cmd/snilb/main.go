@@ -23,7 +23,7 @@ func main() {
 
 func newApp() *cli.App {
 	commands := []*cli.Command{
-		attachCommand(), detachCommand(), checkCommand(), explainCommand(),
+		attachCommand(), detachCommand(), doctorCommand(), checkCommand(), explainCommand(),
 		reloadCommand(), statusCommand(), flowsCommand(), configCommand(), benchCommand(), versionCommand(), docsCommand(),
 	}
 	return &cli.App{
