@@ -111,7 +111,7 @@ func (i *Instance) claim() (err error) {
 	if i.lock, err = acquire(i.ns, i.opts.Name); err != nil {
 		return err
 	}
-	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names()}); err != nil {
+	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names(), ports: [2]uint16{i.opts.SourcePortFirst, i.opts.SourcePortLast}}); err != nil {
 		return err
 	}
 	if err := mountBPFFS(i.log); err != nil {
@@ -145,6 +145,11 @@ func (i *Instance) refuseTaken() error {
 			if slices.Contains(has.interfaces, name) {
 				return fmt.Errorf("interface %s belongs to instance %s (pid %d); stop that one first, or name the interface there only", name, other, has.pid)
 			}
+		}
+		// What comes back from a backend that both have would be the other's.
+		if has.ports[0] <= i.opts.SourcePortLast && i.opts.SourcePortFirst <= has.ports[1] {
+			return fmt.Errorf("the source ports %d-%d overlap with those of instance %s (%d-%d, pid %d); give the pools of one of them a range of their own: source: {ports: \"5000-9999\"}",
+				i.opts.SourcePortFirst, i.opts.SourcePortLast, other, has.ports[0], has.ports[1], has.pid)
 		}
 	}
 	for _, name := range i.opts.names() {
