@@ -76,6 +76,7 @@ func TestTwoInstances(t *testing.T) {
 	ds[1].kill()
 	servedBy(t, bed, 0, ds[0], conns[0])
 	wantAll(t, conns[1:], "b1", "a.example.com")
+	refused(t, bed, "eth1", ds[1].name+", whose daemon is dead", "--source-ports", "5500-6500")
 	if _, err := ds[0].snilb("detach", "eth2"); err != nil {
 		t.Errorf("detach eth2: %v", err)
 	}
@@ -84,11 +85,7 @@ func TestTwoInstances(t *testing.T) {
 	}
 	servedBy(t, bed, 0, ds[0], conns[0])
 
-	overlapping := start(t, bed, instanceName(), []string{"eth2"}, siteRoutes(bed))
-	<-overlapping.exited
-	if said := overlapping.stderr.String(); overlapping.err == nil || !strings.Contains(said, "overlap with those of instance "+ds[0].name) {
-		t.Errorf("an instance with the same source ports: %v", overlapping.err)
-	}
+	refused(t, bed, "eth2", "overlap with those of instance "+ds[0].name)
 	servedBy(t, bed, 0, ds[0], conns[0])
 	if _, err := ds[0].snilb("detach", "eth0", "--name", ds[0].name); err != nil {
 		t.Errorf("detach eth0: %v", err)
@@ -98,6 +95,20 @@ func TestTwoInstances(t *testing.T) {
 		t.Errorf("asked to detach it ended by %v", ds[0].err)
 	}
 	assertClean(t, bed, ds[0].name)
+}
+
+// refused starts an instance that must end, and say why.
+func refused(t *testing.T, bed *testbed.Bed, dev, why string, args ...string) {
+	t.Helper()
+	d := start(t, bed, instanceName(), []string{dev}, siteRoutes(bed), args...)
+	select {
+	case <-d.exited:
+	case <-time.After(readyTimeout):
+		t.Fatal("it was let in")
+	}
+	if said := d.stderr.String(); d.err == nil || !strings.Contains(said, why) {
+		t.Errorf("%v, no %q in what it said", d.err, why)
+	}
 }
 
 // TestDetachAll detaches a living instance and what a dead one left.
