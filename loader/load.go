@@ -111,7 +111,7 @@ func (i *Instance) claim() (err error) {
 	if i.lock, err = acquire(i.ns, i.opts.Name); err != nil {
 		return err
 	}
-	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names()}); err != nil {
+	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names(), ports: [2]uint16{i.opts.SourcePortFirst, i.opts.SourcePortLast}}); err != nil {
 		return err
 	}
 	if err := mountBPFFS(i.log); err != nil {
@@ -147,14 +147,25 @@ func (i *Instance) refuseTaken() error {
 	}
 	for _, other := range locked {
 		path := lockPath(i.ns, other)
-		if other == i.opts.Name || !isHeld(path) {
+		if other == i.opts.Name {
 			continue
 		}
-		has := readOwner(path)
+		has, held := readOwner(path), isHeld(path)
+		if !held {
+			if err := i.refusePortsOfDead(other, has); err != nil {
+				return err
+			}
+			continue
+		}
 		for _, name := range i.opts.names() {
 			if slices.Contains(has.interfaces, name) {
 				return fmt.Errorf("interface %s belongs to instance %s (pid %d); stop that one first, or name the interface there only", name, other, has.pid)
 			}
+		}
+		// What comes back from a backend that both have would be the other's.
+		if i.opts.overlaps(has.ports) {
+			return fmt.Errorf("the source ports %d-%d overlap with those of instance %s (%d-%d, pid %d); give the pools of one of them a range of their own: source: {ports: \"5000-9999\"}",
+				i.opts.SourcePortFirst, i.opts.SourcePortLast, other, has.ports[0], has.ports[1], has.pid)
 		}
 	}
 	for _, name := range i.opts.names() {
@@ -167,6 +178,17 @@ func (i *Instance) refuseTaken() error {
 		}
 	}
 	return nil
+}
+
+// refusePortsOfDead is for an instance whose daemon is dead: its connections go on, and
+// would be cut.
+func (i *Instance) refusePortsOfDead(other string, has owner) error {
+	_, err := os.Stat(filepath.Join(stateDir, other+i.ns.suffix))
+	if err != nil || !i.opts.overlaps(has.ports) {
+		return nil // it has left nothing
+	}
+	return fmt.Errorf("instance %s, whose daemon is dead, still has connections from the source ports %d-%d; start it again, remove it (snilb detach --all --name %s), or give the pools here a range of their own: source: {ports: \"5000-9999\"}",
+		other, has.ports[0], has.ports[1], other)
 }
 
 // build makes everything that does not touch packets.

@@ -199,6 +199,11 @@ func (o *Options) validate() error {
 	return errors.Join(errs...)
 }
 
+// overlaps reports whether a range of source ports has some of ours.
+func (o *Options) overlaps(ports [2]uint16) bool {
+	return ports[0] <= o.SourcePortLast && o.SourcePortFirst <= ports[1]
+}
+
 // names lists the interfaces that face clients.
 func (o *Options) names() []string {
 	var names []string
