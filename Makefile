@@ -36,13 +36,19 @@ GENERATED   = $(addprefix maps/,snilb_bpfel.o snilb_bpfel.go snilb_xdp_bpfel.o s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-tools test-kernels lint unit e2e e2e-xdp bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
+.PHONY: help build deb image test test-tools test-kernels lint unit e2e e2e-xdp bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## compile ./snilb
 	$(GO) build -trimpath -o snilb ./cmd/snilb
+
+deb: ## build a Debian package of the tree, for this machine's architecture
+	@scripts/deb/build.sh
+
+image: ## build a container image that is the static binary alone, with docker
+	docker build -f scripts/docker/Dockerfile --build-arg VERSION="$$(scripts/version.sh)" -t snilb .
 
 test: test-tools lint generate-check unit e2e e2e-xdp bench-short ## everything that must hold: sudo make test
 	@echo "make test: all passed"
@@ -134,7 +140,7 @@ demo: build ## build and show a balancer at work, in network namespaces of its o
 	./snilb demo
 
 clean: ## remove what the targets above made in the tree
-	rm -rf snilb .cache
+	rm -rf snilb snilb_*.deb .cache
 	$(GO) clean -testcache
 
 $(GOLANGCI):

@@ -69,10 +69,20 @@ enum reason {
 	REASON_LEFT_TOO_BIG,  /* for its next hop */
 	REASON_LEFT_CHECKSUM, /* not filled in yet: the packet never was on a wire */
 	REASON_LEFT_FRAME,    /* no room for a VLAN tag, or in several buffers */
+	/* to the stack, untouched */
+	REASON_DRAINING, /* the daemon answers no new connections before it ends */
+	/* answered in place */
+	REASON_DEAD_RESET,
+	/* dropped: the client repeats its SYN */
+	REASON_DEAD_HOLD,
+	REASON_LATE_HOLD,
 	REASON_LEN,
 };
 
 enum unknown_flow { UNKNOWN_FLOW_RESET, UNKNOWN_FLOW_PASS, UNKNOWN_FLOW_DROP };
+
+/* What SYNs meet when the daemon is dead. */
+enum dead_policy { ON_DEAD_PASS, ON_DEAD_RESET, ON_DEAD_HOLD };
 
 enum event_kind {
 	EVENT_HELLO = 1, /* a client's data, FIN or RST with a valid cookie */
@@ -241,8 +251,8 @@ enum live_flag {
 
 /* The live switches, written by the daemon about once a second. */
 struct live {
-	__u64 beat;		   /* CLOCK_MONOTONIC ns of the daemon's last sign of life */
-	__u64 wall_offset;	   /* CLOCK_REALTIME - CLOCK_MONOTONIC, ns */
+	__u64 beat;	   /* CLOCK_MONOTONIC ns of the daemon's last sign of life; 0: draining */
+	__u64 wall_offset; /* CLOCK_REALTIME - CLOCK_MONOTONIC, ns */
 	struct cookie_key keys[4]; /* by slot & 3 */
 	__u16 mss4, mss6;	   /* announced in SYN-ACKs */
 	__u32 flags;		   /* enum live_flag */

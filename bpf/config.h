@@ -15,6 +15,8 @@ volatile const __u16 source_port_first = 10000;
 volatile const __u16 source_port_last = 29999;
 /* A daemon silent for longer than this is dead; ns. */
 volatile const __u64 dead_after = 10000000000ULL;
+/* What SYNs meet then: enum dead_policy. */
+volatile const __u8 on_dead = ON_DEAD_PASS;
 /* Bytes waiting in a ring above which SYNs go to the stack instead. */
 volatile const __u64 ring_busy = 7 << 20;
 /* XDP has one program an interface: whether clients come in by it. */

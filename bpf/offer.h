@@ -82,20 +82,19 @@ static __noinline int socket_owns(frame_t *f, struct packet *pkt)
 	return owned;
 }
 
-static __always_inline bool daemon_is_dead(const struct live *ctl, __u64 now)
-{
-	return ctl->beat + dead_after < now;
-}
-
 static __always_inline int offer_syn(frame_t *f, struct packet *pkt, struct live *ctl, bool closing)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
 	int left;
 
+	if (daemon_is_draining(ctl))
+		return syn_pass(pkt, closing, REASON_DRAINING);
 	if (daemon_is_dead(ctl, now))
-		return pass(REASON_DAEMON_DEAD);
+		return syn_on_dead(f, pkt, closing);
+	/* Late, it may be on its way back: the client repeats its SYN in a second. */
 	if (ring_is_busy(client_worker(pkt)))
-		return pass(REASON_RING_BUSY);
+		return daemon_is_late(ctl, now) ? drop(REASON_LATE_HOLD)
+						: syn_pass(pkt, closing, REASON_RING_BUSY);
 	if (closing)
 		flow_forget(pkt, LEG_CLIENT);
 	if (pkt->payload > SYN_PAYLOAD_MAX)
@@ -109,17 +108,19 @@ static __always_inline int offer_syn(frame_t *f, struct packet *pkt, struct live
 }
 
 /* A packet of a connection that neither we nor a socket of this node know. */
-static __always_inline int offer_unknown(frame_t *f, struct packet *pkt,
+static __always_inline int offer_unknown(frame_t *f, struct packet *pkt, const struct live *ctl,
 					 const struct listener *listener)
 {
 	struct event_what what = {.kind = EVENT_UNKNOWN, .listener = listener->id};
+	__u64 now = bpf_ktime_get_coarse_ns();
 
-	if (listener->unknown_flow == UNKNOWN_FLOW_PASS)
+	if (listener->unknown_flow == UNKNOWN_FLOW_PASS || stack_has_syns(ctl, now))
 		return pass(REASON_UNKNOWN_PASS);
 	/* A RST is never answered with one (RFC 9293 3.10.7.1). */
 	if (listener->unknown_flow == UNKNOWN_FLOW_DROP || pkt->flags & TCP_RST)
 		return drop(REASON_UNKNOWN_DROP);
-	if (!event_is_allowed(what.kind, bpf_ktime_get_coarse_ns()))
+	/* While the daemon is away the ring is for hellos. */
+	if (daemon_is_late(ctl, now) || !event_is_allowed(what.kind, now))
 		return drop(REASON_UNKNOWN_LIMITED);
 	if (!event_send(f, pkt, what, bpf_get_smp_processor_id() % workers, EVENT_HEADERS_ONLY))
 		return drop(REASON_EVENT_LOST);
@@ -168,7 +169,7 @@ static __always_inline int offer(frame_t *f, struct packet *pkt, bool closing)
 	if (!(pkt->flags & TCP_ACK) || pkt->flags & TCP_SYN ||
 	    !cookie_valid(ctl, pkt, cookie, wall)) {
 		if (!closed_before(ctl, pkt, wall))
-			return offer_unknown(f, pkt, listener);
+			return offer_unknown(f, pkt, ctl, listener);
 		what.kind = EVENT_CLOSED;
 	}
 	if (!pkt->payload && !(pkt->flags & (TCP_FIN | TCP_RST)))

@@ -28,6 +28,7 @@
 #include "rewrite.h"
 #include "flow.h"
 #include "synack.h"
+#include "dead.h"
 #include "offer.h"
 #include "path.h"
 #include "icmp.h"
@@ -103,6 +104,7 @@ int snilb_tap(struct __sk_buff *skb)
 const struct event_header *const abi_event_header = NULL;
 const enum reason *const abi_reason = NULL;
 const enum unknown_flow *const abi_unknown_flow = NULL;
+const enum dead_policy *const abi_dead_policy = NULL;
 const enum event_kind *const abi_event_kind = NULL;
 const enum tap_request *const abi_tap_request = NULL;
 const enum flow_state *const abi_flow_state = NULL;

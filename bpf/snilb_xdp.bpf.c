@@ -26,6 +26,7 @@
 #include "rewrite.h"
 #include "flow.h"
 #include "synack.h"
+#include "dead.h"
 #include "offer.h"
 #include "path.h"
 

@@ -7,7 +7,7 @@
 #define SNILB_SYNACK_H
 
 #define SYNACK_WINDOW	 64240
-#define SYNACK_TTL	 64
+#define ANSWER_TTL	 64
 #define WSCALE_MAX	 14 /* RFC 7323 2.3 */
 #define SYN_PAYLOAD_MAX	 1500
 #define SYN_PAYLOAD_ROOM 2048
@@ -110,8 +110,8 @@ static long synack_step(__u32 i, struct synack *s)
 	return 0;
 }
 
-/* Sums the payload of a SYN (TFO), which the SYN-ACK does not carry. */
-static __noinline __s64 synack_payload_sum(frame_t *f, __u32 at, __u32 len)
+/* Sums the payload of a SYN (TFO), which no answer carries. */
+static __noinline __s64 answer_payload_sum(frame_t *f, __u32 at, __u32 len)
 {
 	__u32 zero = 0;
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
@@ -140,26 +140,44 @@ static __noinline __s64 synack_payload_sum(frame_t *f, __u32 at, __u32 len)
 	return sum;
 }
 
-static __always_inline void synack_numbers(__be32 *word, const struct packet *pkt, __u32 cookie,
-					   __u64 *sum)
+/* What an answer says in the words of a TCP header in front of its options. */
+struct answer {
+	__u32 seq, ack;
+	__u32 flags, window;
+};
+
+static __always_inline void answer_numbers(__be32 *word, const struct packet *pkt,
+					   const struct answer *a, __u64 *sum)
 {
 	csum_put32(sum, &word[0], pkt->dport | (__u32)pkt->sport << 16);
-	csum_put32(sum, &word[1], bpf_htonl(cookie));
-	csum_put32(sum, &word[2], bpf_htonl(pkt->seq + 1));
+	csum_put32(sum, &word[1], bpf_htonl(a->seq));
+	csum_put32(sum, &word[2], bpf_htonl(a->ack));
 	/* Data offset, reserved bits, flags and window anew: a mirrored AE, CWR or
 	 * ECE would negotiate ECN that no one speaks.
 	 */
-	csum_put32(sum, &word[3],
-		   bpf_htonl((pkt->header / 4) << 28 | (TCP_SYN | TCP_ACK) << 16 | SYNACK_WINDOW));
+	csum_put32(sum, &word[3], bpf_htonl((pkt->header / 4) << 28 | a->flags << 16 | a->window));
 	/* The checksum as it is, no urgent pointer. */
 	csum_put32(sum, &word[4], word[4] & bpf_htonl(0xffff0000));
 }
 
-static __always_inline void synack_ip4(struct iphdr *ip, __u16 length)
+static __always_inline void synack_numbers(__be32 *word, const struct packet *pkt, __u32 cookie,
+					   __u64 *sum)
+{
+	struct answer a = {
+		.seq = cookie,
+		.ack = pkt->seq + 1,
+		.flags = TCP_SYN | TCP_ACK,
+		.window = SYNACK_WINDOW,
+	};
+
+	answer_numbers(word, pkt, &a, sum);
+}
+
+static __always_inline void answer_ip4(struct iphdr *ip, __u16 length)
 {
 	__u64 sum = 0;
 	__be32 saddr = ip->saddr;
-	__be16 ttl_proto = bpf_htons(SYNACK_TTL << 8 | IPPROTO_TCP);
+	__be16 ttl_proto = bpf_htons(ANSWER_TTL << 8 | IPPROTO_TCP);
 	__be16 *word = (__be16 *)ip;
 
 	csum_change16(&sum, word[0], word[0] & bpf_htons(0xfffc)); /* no ECN */
@@ -173,36 +191,36 @@ static __always_inline void synack_ip4(struct iphdr *ip, __u16 length)
 	ip->daddr = saddr;
 }
 
-static __always_inline void synack_ip6(struct ipv6hdr *ip, __u16 payload)
+static __always_inline void answer_ip6(struct ipv6hdr *ip, __u16 payload)
 {
 	struct in6_addr saddr = ip->saddr;
 
 	*(__be32 *)ip &= bpf_htonl(0xffcfffff); /* no ECN */
 	ip->payload_len = bpf_htons(payload);
-	ip->hop_limit = SYNACK_TTL;
+	ip->hop_limit = ANSWER_TTL;
 	ip->saddr = ip->daddr;
 	ip->daddr = saddr;
 }
 
-static __always_inline void synack_lower_layers(struct headers *h, const struct packet *pkt)
+static __always_inline void answer_lower_layers(struct headers *h, const struct packet *pkt)
 {
 	__u8 mac[6];
 
 	if (pkt->family == AF_INET)
-		synack_ip4(h->ip4, sizeof(*h->ip4) + pkt->header);
+		answer_ip4(h->ip4, sizeof(*h->ip4) + pkt->header);
 	else
-		synack_ip6(h->ip6, pkt->header);
+		answer_ip6(h->ip6, pkt->header);
 	__builtin_memcpy(mac, h->eth->h_source, 6);
 	__builtin_memcpy(h->eth->h_source, h->eth->h_dest, 6);
 	__builtin_memcpy(h->eth->h_dest, mac, 6);
 }
 
 /* Cuts a SYN's payload off, in length and checksum. */
-static __always_inline int synack_trim(frame_t *f, const struct packet *pkt,
+static __always_inline int answer_trim(frame_t *f, const struct packet *pkt,
 				       struct csum_change *change)
 {
 	__u16 with = pkt->header + pkt->payload;
-	__s64 sum = synack_payload_sum(f, pkt->l4 + pkt->header, pkt->payload);
+	__s64 sum = answer_payload_sum(f, pkt->l4 + pkt->header, pkt->payload);
 
 	if (sum < 0 || frame_trim(f, pkt->l4 + pkt->header))
 		return -1;
@@ -290,7 +308,7 @@ static __always_inline int synack_usual(frame_t *f, const struct packet *pkt,
 		synack_timestamp(&change.tcp, &word[8], synack_tsval(now));
 		csum_put32(&change.tcp, &word[10], bpf_htonl(SACK_PERMITTED_NOP));
 	}
-	synack_lower_layers(&h, pkt);
+	answer_lower_layers(&h, pkt);
 	return frame_fix_checksum(f, pkt, &change);
 }
 
@@ -327,13 +345,13 @@ static __noinline int synack_make(frame_t *f, struct packet *pkt, struct live *c
 	change.tcp = (__u32)bpf_csum_diff(NULL, 0, (void *)s.header, TCP_HEADER_MAX, ~old);
 
 	/* ---- from here on the packet is changed ---- */
-	if (pkt->payload && synack_trim(f, pkt, &change))
+	if (pkt->payload && answer_trim(f, pkt, &change))
 		return -1;
 	if (frame_store(f, pkt->l4, s.header, len))
 		return -1;
 	if (!packet_headers(frame_data(f), frame_end(f), pkt, &h))
 		return -1;
-	synack_lower_layers(&h, pkt);
+	answer_lower_layers(&h, pkt);
 	return frame_fix_checksum(f, pkt, &change);
 }
 

@@ -21,8 +21,10 @@ type attachment struct {
 	role    Role
 	mode    Mode
 	slot    uint32
+	at      place
 	prog    *ebpf.Program
 	hook    hook
+	adopted bool // an earlier daemon attached it, and ours took its program's place
 }
 
 // hook is the kernel's side of an attachment.
@@ -32,6 +34,8 @@ type hook interface {
 	detach() error
 	// alive reports whether the program still sees packets.
 	alive() bool
+	// release lets go of it here, and leaves it to whoever comes.
+	release() error
 }
 
 var errClosed = errors.New("the instance is closed: load it again")
@@ -39,11 +43,6 @@ var errClosed = errors.New("the instance is closed: load it again")
 type attachKey struct {
 	ifindex int
 	role    Role
-}
-
-type slotKey struct {
-	iface string
-	role  Role
 }
 
 // InterfaceStatus is one program on one interface. An interface that faces clients
@@ -74,8 +73,9 @@ func (i *Instance) Interfaces() []InterfaceStatus {
 
 // Attach puts the programs on the TAP device and the client-facing interfaces: a
 // client program where clients come in, and a backend program behind it, as
-// backends may be there too; in the XDP modes one more in front of both. If one step
-// fails, all that Attach did is undone.
+// backends may be there too; in the XDP modes one more in front of both. Programs that
+// an earlier daemon attached are replaced where they are, without a gap. If one step
+// fails, all that Attach did is undone, but for these: their connections go on.
 func (i *Instance) Attach() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -112,7 +112,7 @@ func (i *Instance) Attach() error {
 		if err != nil {
 			errs := []error{err}
 			for n := len(done) - 1; n >= 0; n-- {
-				errs = append(errs, i.detach(done[n]))
+				errs = append(errs, i.undo(done[n]))
 			}
 			return errors.Join(errs...)
 		}
@@ -120,7 +120,24 @@ func (i *Instance) Attach() error {
 			done = append(done, a)
 		}
 	}
-	i.serving = true
+	i.serving, i.mine = true, true
+	return i.settleState()
+}
+
+// settleState ends what an earlier daemon left and this one has not taken over. What
+// fails of it is no reason to let connections go.
+func (i *Instance) settleState() error {
+	if err := i.writeRecord(); err != nil {
+		return err
+	}
+	if i.state == nil {
+		return nil
+	}
+	for _, err := range []error{i.pinAnew(), i.adoptRest(), i.forgetPaths()} {
+		if err != nil {
+			i.log.Warn("tidy up after an earlier daemon", "error", err)
+		}
+	}
 	return nil
 }
 
@@ -160,11 +177,12 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 	if err := step("load"); err != nil {
 		return nil, err
 	}
-	if a.prog, err = i.loadProgram(at); err != nil {
+	a.at = at
+	if a.prog, err = i.programFor(at); err != nil {
 		return nil, err
 	}
 	if err = step("hook"); err == nil {
-		err = i.ns.do(func() error { return i.hookUp(a, device) })
+		err = i.ns.do(func() error { return i.takeOverOrHookUp(a, device) })
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("attach %s program to %s: %w", role, name, err), a.prog.Close())
@@ -174,10 +192,22 @@ func (i *Instance) attach(device netlink.Link, role Role) (_ *attachment, err er
 		err = i.pinLink(a)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("pin link of %s: %w", name, err), i.detach(a))
+		return nil, errors.Join(fmt.Errorf("pin link of %s: %w", name, err), i.undo(a))
 	}
 	i.log.Debug("attached", "interface", name, "role", role, "hook", a.hook.kind())
 	return a, nil
+}
+
+func (i *Instance) takeOverOrHookUp(a *attachment, device netlink.Link) (err error) {
+	if i.state != nil {
+		if a.hook, err = i.takeOver(a, device); err != nil {
+			return err
+		}
+	}
+	if a.adopted = a.hook != nil; a.adopted {
+		return nil
+	}
+	return i.hookUp(a, device)
 }
 
 // hookUp chooses tcx, and clsact where the kernel has no tcx.
@@ -201,7 +231,7 @@ func (i *Instance) hookUp(a *attachment, device netlink.Link) (err error) {
 // pinLink makes a link outlive the daemon. A clsact filter does so by itself.
 func (i *Instance) pinLink(a *attachment) error {
 	l, ok := a.hook.(*linkHook)
-	if !ok {
+	if !ok || a.adopted {
 		return nil
 	}
 	path := linkPin(i.dir, a.iface, a.role)
@@ -222,19 +252,53 @@ func (i *Instance) detach(a *attachment) error {
 	return errors.Join(err, a.prog.Close())
 }
 
+// undo is detach for an instance whose attaching failed: what it took over stays.
+func (i *Instance) undo(a *attachment) error {
+	if !a.adopted || i.mine {
+		return i.detach(a)
+	}
+	return i.release(a)
+}
+
+// release forgets an attachment that stays in the kernel. i.mu is held.
+func (i *Instance) release(a *attachment) error {
+	delete(i.attached, attachKey{a.ifindex, a.role})
+	return errors.Join(a.hook.release(), a.prog.Close())
+}
+
 // slot gives each program on an interface counters of its own while there are any,
-// and the same ones when an interface comes back. Slot 0 is the TAP's.
+// and the same ones when an interface or a daemon comes back. Slot 0 is the TAP's.
 func (i *Instance) slot(iface string, role Role) uint32 {
 	if role == RoleTap {
-		return 0
+		iface = "" // whose number may change
 	}
-	key := slotKey{iface, role}
-	slot, ok := i.slots[key]
-	if !ok {
-		slot = uint32(min(len(i.slots)+1, maps.MaxCounterSlots-1))
-		i.slots[key] = slot
+	user := maps.UserOf(iface, string(role))
+	slots := &i.record.Slots
+	if slots[0] == (maps.CounterUser{}) {
+		slots[0] = maps.UserOf("", string(RoleTap))
 	}
-	return slot
+	last := len(slots) - 1
+	for n := range slots {
+		if slots[n] == user {
+			return uint32(n)
+		}
+		if slots[n] == (maps.CounterUser{}) && n < last {
+			slots[n] = user
+			i.recordSlots()
+			return uint32(n)
+		}
+	}
+	return uint32(last)
+}
+
+// recordSlots keeps the record true once it is ours.
+func (i *Instance) recordSlots() {
+	if !i.mine {
+		return
+	}
+	if err := i.writeRecord(); err != nil {
+		i.log.Warn("which interface counts where is not noted for the next daemon", "error", err)
+	}
 }
 
 // neighbour is our other program on the same interface, or nil.

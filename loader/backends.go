@@ -49,6 +49,7 @@ func (i *Instance) AddBackend(addr netip.AddrPort, sources ...netip.Addr) (sourc
 	}
 	dst := addr.Addr().Unmap()
 	i.backends.add(dst, addr.Port(), sources)
+	i.hops.own.add(dst)
 	h, err := i.resolve(dst)
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("backend %v: %w", addr, err)
@@ -60,6 +61,11 @@ func (i *Instance) AddBackend(addr netip.AddrPort, sources ...netip.Addr) (sourc
 // flows are not touched.
 func (i *Instance) RemoveBackend(addr netip.AddrPort) error {
 	dst := addr.Addr().Unmap()
+	i.mu.Lock() // or a worker that asks for the way there could enter a path behind us
+	defer i.mu.Unlock()
+	if i.closed {
+		return errClosed
+	}
 	var first error
 	for source := range i.backends.remove(dst, addr.Port()) {
 		err := i.tables.DeletePath(source, netip.AddrPortFrom(dst, addr.Port()))
@@ -203,6 +209,22 @@ func (s *backendSet) lost(ifindex int) {
 			}
 		}
 	}
+}
+
+// has reports whether we speak to a backend from a source, or may come to do so.
+func (s *backendSet) has(source netip.Addr, backend netip.AddrPort) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	b := s.byAddr[backend.Addr()]
+	if b == nil || !slices.Contains(b.ports, backend.Port()) {
+		return false
+	}
+	for path := range b.ready {
+		if path.source == source && path.port == backend.Port() {
+			return true
+		}
+	}
+	return len(b.ready) == 0 // without a route just now
 }
 
 // addresses lists the backends.

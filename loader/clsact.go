@@ -170,6 +170,9 @@ func (h *clsactHook) detach() error {
 	return errors.Join(removeFilter(h.ns, h.filter), removeQdisc(h.ns, h.filter.LinkIndex, h.mark))
 }
 
+// release: a filter stays by itself.
+func (h *clsactHook) release() error { return nil }
+
 func (h *clsactHook) alive() bool {
 	filters, err := listFilters(h.ns, h.filter.LinkIndex, ingress)
 	return err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool {

@@ -74,7 +74,7 @@ func removeLeftovers(ns *namespace, name string, log *slog.Logger) (found bool, 
 	}
 	// Whoever listened there is dead, as the lock is ours.
 	errs = append(errs, removeFile(filepath.Join(runDir, name+ns.suffix+".sock")))
-	errs = append(errs, removeDir(dir), removeDir(dir+unfinished))
+	errs = append(errs, removeJournal(ns, name), removeDir(dir), removeDir(dir+unfinished))
 	return found, errors.Join(errs...)
 }
 

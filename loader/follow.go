@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -139,19 +140,41 @@ func subscribeTo(ns *namespace, groups ...uint) (changes, error) {
 }
 
 // receive runs until the socket is closed or broken; one that overflowed (ENOBUFS) is
-// neither. Caches are flushed at once, all else waits until the burst is over.
+// neither. Caches are flushed and programs attached at once, all else waits until the
+// burst is over.
 func (i *Instance) receive(socket changes, changed chan<- struct{}, ended chan<- error) {
 	for {
-		_, _, err := socket.Receive()
+		messages, _, err := socket.Receive()
 		if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {
 			ended <- err
 			return
 		}
 		i.cache.flush()
+		if slices.ContainsFunc(messages, isOfLink) {
+			i.relink()
+		}
 		select {
 		case changed <- struct{}{}:
 		default: // one is waiting already
 		}
+	}
+}
+
+func isOfLink(m syscall.NetlinkMessage) bool {
+	return m.Header.Type == unix.RTM_NEWLINK || m.Header.Type == unix.RTM_DELLINK
+}
+
+// relink has an interface that is back get its programs before its first packets come,
+// which the stack would answer by resets. What fails is for resync to say.
+func (i *Instance) relink() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.closed {
+		return
+	}
+	_ = i.forgetDead()
+	if i.serving {
+		_ = i.reattach()
 	}
 }
 
@@ -201,6 +224,16 @@ func (i *Instance) resyncInterfaces() error {
 	if i.closed {
 		return nil
 	}
+	errs := []error{i.forgetDead()}
+	if i.serving {
+		errs = append(errs, i.reattach())
+	}
+	return errors.Join(append(errs, i.applyListeners())...)
+}
+
+// forgetDead forgets programs on interfaces that are gone, but keeps them loaded. i.mu is
+// held.
+func (i *Instance) forgetDead() error {
 	var errs []error
 	for _, a := range i.sorted() {
 		if a.hook.alive() {
@@ -208,17 +241,15 @@ func (i *Instance) resyncInterfaces() error {
 		}
 		i.log.Warn("the program is gone from its interface", "interface", a.iface, "role", a.role)
 		i.backends.lost(a.ifindex)
-		errs = append(errs, i.detach(a))
+		errs = append(errs, i.keepLoaded(a), i.detach(a))
 	}
-	if i.serving {
-		errs = append(errs, i.reattach())
-	}
-	return errors.Join(append(errs, i.applyListeners())...)
+	return errors.Join(errs...)
 }
 
-// reattach brings the programs back to client-facing interfaces that exist.
+// reattach brings the programs back to interfaces that exist: those that face clients,
+// and those that had a program before they went. i.mu is held.
 func (i *Instance) reattach() error {
-	var errs []error
+	errs := []error{i.reattachTowards()}
 	for _, name := range i.opts.names() {
 		device, err := clientDevice(i.ns, name)
 		if err != nil {

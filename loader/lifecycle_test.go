@@ -5,13 +5,16 @@ package loader
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -224,7 +227,7 @@ func TestFailureRollsBack(t *testing.T) {
 	bothHooks(t, func(t *testing.T, _ string, clsact bool) {
 		o := testOptions(t, "eth0", "eth1")
 		o.forceClsact = clsact
-		failEachStep(t, o, 5+3*5)
+		failEachStep(t, o, 8+3*5)
 	})
 }
 
@@ -319,16 +322,24 @@ func TestLeftoversAreRemoved(t *testing.T) {
 		before := snapshot(t, ns)
 		o := testOptions(t, "eth0")
 		o.forceClsact = clsact
-		t.Log("load again")
+		t.Log("what is left without the state that says whose it is")
 		attachAndDie(t, o, d, 2)
-		must(t, os.Mkdir(filepath.Join(stateDir, "test"+ns.suffix+unfinished), 0o700))
+		dir := filepath.Join(stateDir, "test"+ns.suffix)
+		must(t, os.Mkdir(dir+unfinished, 0o700))
+		if !clsact {
+			must(t, removeLinks(dir, o.Logger))
+		}
+		must(t, os.RemoveAll(dir))
 		i, err := Load(o)
 		must(t, err)
 		if got := programsOn(t, d); len(got) != 0 {
 			t.Errorf("left after Load: %q", got)
 		}
 		must(t, i.Close())
-		wantSame(t, snapshot(t, ns), before)
+		if !clsact { // whose mark, that the qdisc is ours, is gone
+			wantSame(t, snapshot(t, ns), before)
+		}
+		before = snapshot(t, ns)
 
 		t.Log("detach")
 		attachAndDie(t, o, d, 2)
@@ -379,6 +390,10 @@ func TestSecondDaemonIsRefused(t *testing.T) {
 	wantSame(t, snapshot(t, ns), running)
 
 	other.Interfaces = named("eth1")
+	if _, err = Load(other); err == nil || !strings.Contains(err.Error(), "source ports 10000-29999 overlap with those of instance test") {
+		t.Errorf("second instance with the same source ports: %v", err)
+	}
+	other.SourcePortFirst, other.SourcePortLast = 30000, 30999
 	i, err := Load(other)
 	must(t, err)
 	must(t, i.Attach())
@@ -455,6 +470,7 @@ func TestOptions(t *testing.T) {
 		"source ports 30": func(o *Options) { o.SourcePortFirst = 30000 },
 		"needs one":       func(o *Options) { o.Workers = 3; o.SourcePortFirst = 29998 },
 		"dead-after":      func(o *Options) { o.DeadAfter = -1 },
+		"on-dead":         func(o *Options) { o.OnDead = "die" },
 		"mode":            func(o *Options) { o.Mode = "fast" },
 		"order":           func(o *Options) { o.Order = "middle" },
 	} {
@@ -514,12 +530,43 @@ func TestChoosePriority(t *testing.T) {
 	}
 }
 
+// Kill believes the lock, and not its text: in a container processes have other numbers.
+func TestKillHitsNobodyElse(t *testing.T) {
+	ns := newNetns(t)
+	bystander := exec.Command("sleep", "600")
+	must(t, bystander.Start())
+	defer func() { _ = bystander.Wait() }()
+	defer func() { _ = bystander.Process.Kill() }()
+	lock, err := acquire(ns, "test")
+	must(t, err)
+	must(t, lock.write(owner{pid: bystander.Process.Pid}))
+	if err := Kill(t.Context(), "test"); err == nil || !strings.Contains(err.Error(), "is not the one") {
+		t.Errorf("held by somebody else: %v", err)
+	}
+	must(t, lock.release())
+	if err := Kill(t.Context(), "test"); err == nil {
+		t.Error("killed somebody for a lock that is not there")
+	}
+	if err := bystander.Process.Signal(syscall.Signal(0)); err != nil || hasState(t, bystander.Process.Pid, 'Z') {
+		t.Errorf("the bystander is dead: %v", err)
+	}
+}
+
+// hasState compares a process's state in /proc.
+func hasState(t *testing.T, pid int, state byte) bool {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	must(t, err)
+	_, rest, _ := strings.Cut(string(text), ") ")
+	return rest != "" && rest[0] == state
+}
+
 func TestLockFileIsNotStolen(t *testing.T) {
 	ns := newNetns(t)
 	first, err := acquire(ns, "test")
 	must(t, err)
-	must(t, first.write(owner{pid: 42, interfaces: []string{"eth0", "eth1"}}))
-	if got := readOwner(first.path); got.pid != 42 || !slices.Equal(got.interfaces, []string{"eth0", "eth1"}) {
+	must(t, first.write(owner{pid: 42, interfaces: []string{"eth0", "eth1"}, ports: [2]uint16{7, 9}}))
+	if got := readOwner(first.path); got.pid != 42 || got.ports != [2]uint16{7, 9} || !slices.Equal(got.interfaces, []string{"eth0", "eth1"}) {
 		t.Errorf("owner came back as %+v", got)
 	}
 	if _, err := acquire(ns, "test"); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), "pid 42") {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -36,7 +35,7 @@ type Instance struct {
 	jobs        []*maps.Jobs
 	tap         *tap
 	hasCsumIPv6 bool
-	workerKey   uint64 // spreads clients over the workers
+	state       *adopted // what an earlier daemon left, nil if nothing
 
 	subscribe func(*namespace) (changes, error) // a seam: tests break the subscription
 
@@ -53,17 +52,20 @@ type Instance struct {
 	mu sync.Mutex // guards the rest
 	// attached holds the reference to every link: a link that is collected as garbage takes its program off.
 	attached  map[attachKey]*attachment
-	slots     map[slotKey]uint32
+	record    maps.InstanceRecord
+	gone      []goneProgram
 	serving   bool // Attach was called: interfaces that come back are attached again
+	mine      bool // Close may remove the state: we made it, or took it over to the end
 	closed    bool
 	noTCX     bool
 	listeners listenerSet
 }
 
-// Load makes the maps, the pins and the TAP device of an instance, after it has
-// cleared away what a dead daemon of that name left. No packet is touched before
-// Attach. Returns an error that is ErrRunning if a living daemon has the name, and
-// Problems that say how this machine has to change.
+// Load makes the maps, the pins and the TAP device of an instance, or takes over those
+// that an earlier daemon of that name left: its connections go on. No packet is touched
+// before Attach but by programs that are attached already. Returns an error that is
+// ErrRunning if a living daemon has the name, one that is ErrLayout for state that this
+// version cannot go on with, and Problems that say how this machine has to change.
 func Load(o Options) (_ *Instance, err error) {
 	o = o.withDefaults()
 	if err := o.validate(); err != nil {
@@ -77,7 +79,6 @@ func Load(o Options) (_ *Instance, err error) {
 		shared:    make(map[string]*ebpf.Map),
 		backends:  newBackendSet(),
 		attached:  make(map[attachKey]*attachment),
-		slots:     make(map[slotKey]uint32),
 		noTCX:     o.forceClsact,
 	}
 	if i.ns, err = currentNamespace(); err != nil {
@@ -110,7 +111,7 @@ func (i *Instance) claim() (err error) {
 	if i.lock, err = acquire(i.ns, i.opts.Name); err != nil {
 		return err
 	}
-	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names()}); err != nil {
+	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names(), ports: [2]uint16{i.opts.SourcePortFirst, i.opts.SourcePortLast}}); err != nil {
 		return err
 	}
 	if err := mountBPFFS(i.log); err != nil {
@@ -121,9 +122,19 @@ func (i *Instance) claim() (err error) {
 	if err := i.refuseTaken(); err != nil {
 		return err
 	}
+	if err := i.opts.before("state"); err != nil {
+		return err
+	}
+	if i.state, err = i.openState(); err != nil {
+		return err
+	}
+	if i.state != nil {
+		i.log.Info("going on with what an earlier daemon left", "instance", i.opts.Name)
+		return nil
+	}
 	found, err := removeLeftovers(i.ns, i.opts.Name, i.log)
 	if found {
-		i.log.Warn("removed what a dead daemon left", "instance", i.opts.Name)
+		i.log.Warn("removed what a daemon left that died while it began or ended", "instance", i.opts.Name)
 	}
 	return err
 }
@@ -136,14 +147,25 @@ func (i *Instance) refuseTaken() error {
 	}
 	for _, other := range locked {
 		path := lockPath(i.ns, other)
-		if other == i.opts.Name || !isHeld(path) {
+		if other == i.opts.Name {
 			continue
 		}
-		has := readOwner(path)
+		has, held := readOwner(path), isHeld(path)
+		if !held {
+			if err := i.refusePortsOfDead(other, has); err != nil {
+				return err
+			}
+			continue
+		}
 		for _, name := range i.opts.names() {
 			if slices.Contains(has.interfaces, name) {
 				return fmt.Errorf("interface %s belongs to instance %s (pid %d); stop that one first, or name the interface there only", name, other, has.pid)
 			}
+		}
+		// What comes back from a backend that both have would be the other's.
+		if i.opts.overlaps(has.ports) {
+			return fmt.Errorf("the source ports %d-%d overlap with those of instance %s (%d-%d, pid %d); give the pools of one of them a range of their own: source: {ports: \"5000-9999\"}",
+				i.opts.SourcePortFirst, i.opts.SourcePortLast, other, has.ports[0], has.ports[1], has.pid)
 		}
 	}
 	for _, name := range i.opts.names() {
@@ -158,21 +180,33 @@ func (i *Instance) refuseTaken() error {
 	return nil
 }
 
+// refusePortsOfDead is for an instance whose daemon is dead: its connections go on, and
+// would be cut.
+func (i *Instance) refusePortsOfDead(other string, has owner) error {
+	_, err := os.Stat(filepath.Join(stateDir, other+i.ns.suffix))
+	if err != nil || !i.opts.overlaps(has.ports) {
+		return nil // it has left nothing
+	}
+	return fmt.Errorf("instance %s, whose daemon is dead, still has connections from the source ports %d-%d; start it again, remove it (snilb detach --all --name %s), or give the pools here a range of their own: source: {ports: \"5000-9999\"}",
+		other, has.ports[0], has.ports[1], other)
+}
+
 // build makes everything that does not touch packets.
 func (i *Instance) build() (err error) {
 	if i.hasCsumIPv6, err = probeCsumIPv6(); err != nil {
 		return err
 	}
-	i.workerKey = rand.Uint64()
 	steps := []struct {
 		name string
 		do   func() error
 	}{
+		{"record", i.newRecord},
 		{"maps", i.createMaps},
 		{"rings", i.createRings},
 		{"jobs", i.createJobs},
 		{"pin", i.pinMaps},
 		{"tap", i.createTap},
+		{"hops", i.createHops},
 	}
 	for _, step := range steps {
 		if err := i.opts.before(step.name); err != nil {
@@ -182,51 +216,103 @@ func (i *Instance) build() (err error) {
 			return err
 		}
 	}
+	return nil
+}
+
+func (i *Instance) createHops() error {
 	i.hops = newHopTable(
 		func(index uint32, hop *maps.Nexthop) error { return i.tables.Nexthops.Put(&index, hop) },
 		func(dst netip.Addr) (route, error) { return lookupRoute(i.ns, dst) },
 	)
 	if i.opts.usesXDP() {
-		i.hops.own = &ownDestinations{log: i.log}
+		i.hops.own.log, i.hops.own.everybody = i.log, true
 		i.neighbours = newNeighbourTable(i.ns, i.dir, i.hops.setNeighbour, i.log)
 	}
-	return nil
+	if i.state == nil {
+		return nil
+	}
+	return i.adoptHops()
 }
 
 // pinMaps builds the state directory under another name and moves it into place
 // complete: whoever finds it finds all of it.
 func (i *Instance) pinMaps() error {
+	if i.state != nil {
+		return nil
+	}
+	if err := i.writeRecord(); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(stateDir, 0o700); err != nil {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
 	building := i.dir + unfinished
 	for _, dir := range []string{building, filepath.Join(building, "links"), filepath.Join(building, "clsact"),
-		filepath.Join(building, neighbourMarks)} {
+		filepath.Join(building, ringPins), filepath.Join(building, neighbourMarks)} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return fmt.Errorf("make the state directory: %w", err)
 		}
 	}
 	for _, m := range i.tables.All() {
-		// A clone, because the library would remember the path that is about to change.
-		pin, err := m.Map.Clone()
-		if err != nil {
-			return fmt.Errorf("pin map %s: %w", m.Name, err)
+		if err := pinMap(m.Map, filepath.Join(building, m.Name)); err != nil {
+			return err
 		}
-		err = pin.Pin(filepath.Join(building, m.Name))
-		if err := errors.Join(err, pin.Close()); err != nil {
-			return fmt.Errorf("pin map %s: %w", m.Name, err)
+	}
+	for n, ring := range i.rings {
+		if err := pinMap(ring, filepath.Join(building, ringPins, ringPin(n))); err != nil {
+			return err
 		}
 	}
 	if err := os.Rename(building, i.dir); err != nil {
 		return fmt.Errorf("move the state directory into place: %w", err)
+	}
+	i.mine = true
+	return nil
+}
+
+// pinMap pins a clone, because the library would remember a path that is about to change.
+func pinMap(m *ebpf.Map, path string) error {
+	pin, err := m.Clone()
+	if err == nil {
+		err = errors.Join(pin.Pin(path), pin.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("pin map %s: %w", filepath.Base(path), err)
+	}
+	return nil
+}
+
+// pinAnew puts maps that could not be taken over in the place of the old ones.
+func (i *Instance) pinAnew() error {
+	for _, m := range i.tables.All() {
+		if i.state.maps[m.Name] != nil {
+			continue
+		}
+		path := filepath.Join(i.dir, m.Name)
+		if err := removeFile(path + unfinished); err != nil {
+			return err
+		}
+		if err := pinMap(m.Map, path+unfinished); err != nil {
+			return err
+		}
+		if err := os.Rename(path+unfinished, path); err != nil {
+			return fmt.Errorf("pin map %s: %w", m.Name, err)
+		}
 	}
 	return nil
 }
 
 // Close takes everything out of the kernel that Load and Attach put there, and ends
 // Run. It goes on after an error and returns all of them; a second call does
-// nothing. Whoever uses the tables, rings and queues has to stop before.
-func (i *Instance) Close() error {
+// nothing. Whoever uses the tables, rings and queues has to stop before. What Load took
+// over and Attach did not come to is left as it is.
+func (i *Instance) Close() error { return i.end(false) }
+
+// Leave is Close for a daemon that another one follows: all stays in the kernel, and
+// connections go on, if Attach has succeeded.
+func (i *Instance) Leave() error { return i.end(true) }
+
+func (i *Instance) end(leave bool) error {
 	i.mu.Lock()
 	again := i.closed
 	i.closed = true // from here on nothing is attached any more
@@ -239,12 +325,13 @@ func (i *Instance) Close() error {
 
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	errs := []error{i.detachAll()}
-	if i.neighbours != nil {
+	stay := leave && i.serving
+	errs := []error{i.detachAll(stay), i.dropGone(len(i.gone))}
+	if i.neighbours != nil && !stay {
 		errs = append(errs, i.neighbours.close())
 	}
 	if i.tap != nil {
-		errs = append(errs, i.tap.close(i.ns))
+		errs = append(errs, i.tap.close(i.ns, stay || i.tap.adopted && !i.mine))
 	}
 	for _, jobs := range i.jobs {
 		errs = append(errs, jobs.Close())
@@ -258,15 +345,22 @@ func (i *Instance) Close() error {
 	for _, m := range i.shared {
 		errs = append(errs, m.Close())
 	}
+	if i.state != nil {
+		errs = append(errs, i.state.close())
+	}
 	if i.lock != nil {
-		errs = append(errs, removeDir(i.dir), removeDir(i.dir+unfinished), removeEmpty(stateDir), i.lock.release())
+		if i.mine && !stay {
+			errs = append(errs, releaseMarked(i.ns, i.dir), removeDir(i.dir), removeJournal(i.ns, i.opts.Name)) // marks of an earlier daemon too
+		}
+		errs = append(errs, removeDir(i.dir+unfinished), removeEmpty(stateDir), i.lock.release())
 	}
 	return errors.Join(append(errs, i.ns.close())...)
 }
 
 // detachAll takes XDP off first, behind which all is complete, and then the client
-// programs: no connection begins any more while the rest still is.
-func (i *Instance) detachAll() error {
+// programs: no connection begins any more while the rest still is. If all shall stay, it
+// is only forgotten here.
+func (i *Instance) detachAll(stay bool) error {
 	order := []Role{RoleXDP, RoleClient, RoleBackend, RoleTap}
 	all := i.sorted()
 	slices.SortStableFunc(all, func(a, b *attachment) int {
@@ -274,7 +368,11 @@ func (i *Instance) detachAll() error {
 	})
 	var errs []error
 	for _, a := range all {
-		errs = append(errs, i.detach(a))
+		if stay {
+			errs = append(errs, i.release(a))
+		} else {
+			errs = append(errs, i.undo(a))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -321,6 +419,10 @@ func (i *Instance) Directory() string { return i.dir }
 func (i *Instance) Socket() string {
 	return filepath.Join(runDir, i.opts.Name+i.ns.suffix+".sock")
 }
+
+// Journal returns where the engine may note what the next daemon shall know of flows. It
+// goes with the state.
+func (i *Instance) Journal() string { return journalIn(i.ns, i.opts.Name) }
 
 // MTU returns the MSS to announce to clients, by address family: what the smallest
 // MTU on the way to a backend holds, as all that a client sends goes there.

@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +31,7 @@ type lockFile struct {
 type owner struct {
 	pid        int
 	interfaces []string
+	ports      [2]uint16 // towards backends, first and last
 }
 
 func lockPath(ns *namespace, name string) string {
@@ -86,7 +88,7 @@ func tryLock(path string) (*lockFile, error) {
 
 // write says who holds the lock, for the error of whoever wants it too.
 func (l *lockFile) write(o owner) error {
-	text := fmt.Sprintf("pid %d\ninterfaces %s\n", o.pid, strings.Join(o.interfaces, " "))
+	text := fmt.Sprintf("pid %d\ninterfaces %s\nports %d %d\n", o.pid, strings.Join(o.interfaces, " "), o.ports[0], o.ports[1])
 	if err := l.file.Truncate(0); err != nil {
 		return fmt.Errorf("write lock: %w", err)
 	}
@@ -118,6 +120,8 @@ func readOwner(path string) (o owner) {
 			o.pid, _ = strconv.Atoi(value) // 0 is as good as any wrong number
 		case "interfaces":
 			o.interfaces = strings.Fields(value)
+		case "ports":
+			_, _ = fmt.Sscan(value, &o.ports[0], &o.ports[1]) // none overlap with anybody's
 		}
 	}
 	return o
@@ -136,11 +140,67 @@ func isHeld(path string) bool {
 // Running reports the process that holds an instance of the calling thread's
 // network namespace, or 0.
 func Running(name string) (pid int, err error) {
+	pid, _, err = Held(name)
+	return pid, err
+}
+
+// Held is Running with the interfaces that face clients.
+func Held(name string) (pid int, interfaces []string, err error) {
 	path, err := placed(runDir, name, ".lock")
 	if err != nil || !isHeld(path) {
-		return 0, err
+		return 0, nil, err
 	}
-	return readOwner(path).pid, nil
+	o := readOwner(path)
+	return o.pid, o.interfaces, nil
+}
+
+// Kill kills the process that holds an instance, and waits until it is gone. Nobody else
+// is hit, also if it ends by itself meanwhile, or counts processes otherwise than we do.
+func Kill(ctx context.Context, name string) error {
+	path, err := placed(runDir, name, ".lock")
+	if err != nil {
+		return err
+	}
+	pid := readOwner(path).pid
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return fmt.Errorf("find process %d, which has instance %s: %w", pid, name, err)
+	}
+	defer unix.Close(fd) //nolint:errcheck // nothing is written there
+	// Only now: the process that the descriptor is of cannot become another one any more.
+	if !isHeld(path) || readOwner(path).pid != pid || !hasOpen(pid, path) {
+		return fmt.Errorf("process %d is not the one that has instance %s: is it in a container? Kill it there", pid, name)
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		return fmt.Errorf("kill process %d: %w", pid, err)
+	}
+	for isHeld(path) {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("process %d was killed and does not end: %w", pid, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// hasOpen reports whether a process has a file open.
+func hasOpen(pid int, path string) bool {
+	want, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	dir := filepath.Join("/proc", strconv.Itoa(pid), "fd")
+	open, err := os.ReadDir(dir)
+	if err != nil {
+		return false
+	}
+	for _, e := range open {
+		if file, err := os.Stat(filepath.Join(dir, e.Name())); err == nil && os.SameFile(file, want) {
+			return true
+		}
+	}
+	return false
 }
 
 // Instances lists the instances of the calling thread's network namespace that

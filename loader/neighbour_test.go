@@ -215,7 +215,7 @@ func fakeHops(log *slog.Logger, find func(netip.Addr) (route, error)) (*hopTable
 		written[index] = append(written[index], *hop)
 		return nil
 	}, find)
-	t.own = &ownDestinations{log: log}
+	t.own.log, t.own.everybody = log, true
 	return t, written
 }
 

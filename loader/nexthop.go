@@ -103,12 +103,17 @@ func (k *hopKey) neighbour() neighbourKey {
 }
 
 // Destinations on links that have entries of their own.
-const maxOwnDestinations = 1024
+const (
+	maxOwnDestinations = 1024
+	maxOwnBackends     = 16384
+)
 
-// ownDestinations are those on links that do not share an entry: XDP sends to the one
-// link address that an entry has. nil has none.
+// ownDestinations are those on links that do not share an entry: backends, as bound flows
+// follow an entry when all of its destinations move, and one backend may move alone; and
+// with XDP, which sends to the one link address that an entry has, everybody.
 type ownDestinations struct {
-	log *slog.Logger
+	log       *slog.Logger
+	everybody bool
 
 	mu   sync.Mutex
 	all  map[netip.Addr]bool
@@ -117,13 +122,10 @@ type ownDestinations struct {
 
 // has reports whether a destination is one of them, and makes it one while there is room.
 func (o *ownDestinations) has(dst netip.Addr) bool {
-	if o == nil {
-		return false
-	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.all[dst] {
-		return true
+	if o.all[dst] || !o.everybody {
+		return o.all[dst]
 	}
 	if len(o.all) >= maxOwnDestinations {
 		if !o.full {
@@ -132,11 +134,17 @@ func (o *ownDestinations) has(dst netip.Addr) bool {
 		}
 		return false
 	}
-	if o.all == nil {
-		o.all = make(map[netip.Addr]bool)
-	}
 	o.all[dst] = true
 	return true
+}
+
+// add makes a backend one of them.
+func (o *ownDestinations) add(dst netip.Addr) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.all) < maxOwnDestinations+maxOwnBackends {
+		o.all[dst] = true
+	}
 }
 
 // hop is one entry of the nexthops table. Bound flows hold its index, so it is
@@ -156,12 +164,13 @@ const hopSamples = 8
 type hopTable struct {
 	write func(uint32, *maps.Nexthop) error
 	find  func(netip.Addr) (route, error) // asks the kernel
-	own   *ownDestinations                // nil without XDP
+	own   *ownDestinations
 
 	mu     sync.Mutex
 	byKey  map[hopKey]uint16 // what new flows are given
 	byHome map[hopKey]uint16
-	hops   []hop // by index; 0 stays unset
+	hops   []hop    // by index; 0 stays unset
+	free   []uint16 // of hops, those that no flow had when the daemon began
 	// addresses are those of the neighbours that can be sent to.
 	addresses map[neighbourKey][6]byte
 }
@@ -174,6 +183,7 @@ func newHopTable(write func(uint32, *maps.Nexthop) error, find func(netip.Addr) 
 		byHome: make(map[hopKey]uint16),
 		hops:   make([]hop, 1),
 
+		own:       &ownDestinations{all: make(map[netip.Addr]bool)},
 		addresses: make(map[neighbourKey][6]byte),
 	}
 }
@@ -226,13 +236,66 @@ func (t *hopTable) homeOrNew(key hopKey) (uint16, error) {
 			return index, nil
 		}
 	}
-	if len(t.hops) >= maps.MaxNexthops {
+	if len(t.free) == 0 && len(t.hops) >= maps.MaxNexthops {
 		return 0, fmt.Errorf("all %d next hops are taken: restart the daemon", maps.MaxNexthops-1)
 	}
 	index := uint16(len(t.hops))
-	t.hops = append(t.hops, hop{home: key, key: key})
+	if last := len(t.free) - 1; last >= 0 {
+		index, t.free = t.free[last], t.free[:last]
+		t.hops[index] = hop{home: key, key: key, written: t.hops[index].written}
+	} else {
+		t.hops = append(t.hops, hop{home: key, key: key})
+	}
 	t.byKey[key], t.byHome[key] = index, index
 	return index, nil
+}
+
+// adopt takes over the entries that an earlier daemon has written: those that flows leave by, whose
+// destinations are given, for these; the others for what comes. Nothing is written yet.
+func (t *hopTable) adopt(written map[uint16]maps.Nexthop, samples map[uint16][]netip.Addr, link func(ifindex int) linkInfo) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	last := uint16(0)
+	for index := range written {
+		last = max(last, index)
+	}
+	for index := uint16(1); index <= last && index > 0; index++ {
+		value := written[index]
+		h := hop{written: value, samples: samples[index]}
+		if value.Ifindex == 0 || len(h.samples) == 0 {
+			t.free = append(t.free, index)
+			h.samples = nil
+		} else {
+			h.link = link(int(value.Ifindex))
+			h.key = t.keyWritten(&h)
+			h.home = h.key
+			if _, ok := t.byKey[h.key]; !ok {
+				t.byKey[h.key], t.byHome[h.key] = index, index
+			}
+		}
+		t.hops = append(t.hops, h)
+	}
+}
+
+// keyWritten is what an entry was written for. What made its MTU less than the link's is not written: what the
+// route does not explain is a limit.
+func (t *hopTable) keyWritten(h *hop) hopKey {
+	key := hopKey{ifindex: int(h.written.Ifindex), family: h.written.Family}
+	if h.written.Gateway != [4]uint32{} {
+		key.gateway = maps.Addr(h.written.Gateway)
+		if slices.Contains(h.samples, key.gateway) {
+			t.own.add(key.gateway)
+		}
+	}
+	if r, err := t.find(h.samples[0]); err == nil {
+		if now := t.keyOf(h.samples[0], r); now.ifindex == key.ifindex && now.gateway == key.gateway {
+			key.mtu = now.mtu
+		}
+	}
+	if mtu := int(h.written.Mtu); mtu < key.effectiveMTU(h.link.mtu) {
+		key.limit = mtu
+	}
+	return key
 }
 
 // within finds or adds an entry like another one, with a limit.
@@ -355,6 +418,9 @@ func (t *hopTable) refresh(link func(ifindex int) linkInfo) error {
 	now := make([]hopKey, len(before))
 	links := make(map[int]linkInfo)
 	for n := 1; n < len(before); n++ {
+		if before[n].key.ifindex == 0 {
+			continue // free
+		}
 		now[n] = t.follow(&before[n])
 		for _, ifindex := range []int{before[n].key.ifindex, now[n].ifindex} {
 			if _, asked := links[ifindex]; !asked {
@@ -368,6 +434,9 @@ func (t *hopTable) refresh(link func(ifindex int) linkInfo) error {
 	var errs []error
 	for n := 1; n < len(before); n++ {
 		h := &t.hops[n]
+		if before[n].key.ifindex == 0 {
+			continue
+		}
 		if h.key == before[n].key && now[n] != h.key { // else a worker saw the change first
 			t.move(uint16(n), now[n])
 		}

@@ -37,6 +37,20 @@ const (
 // Modes lists them.
 var Modes = []Mode{ModeTC, ModeXDP, ModeXDPGeneric}
 
+// OnDead is what new connections meet when the daemon is dead.
+type OnDead string
+
+// The policies. The stack's may be a proxy on the same port, or else a RST; one that is held
+// waits for the daemon as long as its client repeats its SYN.
+const (
+	OnDeadPass  OnDead = "pass"
+	OnDeadReset OnDead = "reset"
+	OnDeadHold  OnDead = "hold"
+)
+
+// OnDeads lists them.
+var OnDeads = []OnDead{OnDeadPass, OnDeadReset, OnDeadHold}
+
 // Interface is one that faces clients.
 type Interface struct {
 	Name string
@@ -74,6 +88,8 @@ type Options struct {
 	SourcePortFirst, SourcePortLast uint16
 	// DeadAfter is the silence after which the kernel programs take the daemon for dead. Optional, 10 s by default.
 	DeadAfter time.Duration
+	// OnDead is what new connections meet then. Optional, OnDeadPass by default.
+	OnDead OnDead
 	// Order is the place among the other programs of the interfaces. Optional, OrderFirst by default.
 	Order Order
 	// Logger is optional, slog.Default() by default.
@@ -111,6 +127,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.DeadAfter == 0 {
 		o.DeadAfter = DefaultDeadAfter
+	}
+	if o.OnDead == "" {
+		o.OnDead = OnDeadPass
 	}
 	if o.Order == "" {
 		o.Order = OrderFirst
@@ -171,10 +190,18 @@ func (o *Options) validate() error {
 	if o.DeadAfter < 0 {
 		complain("dead-after %v: use a duration above zero", o.DeadAfter)
 	}
+	if !slices.Contains(OnDeads, o.OnDead) {
+		complain("on-dead %q: use one of %q", o.OnDead, OnDeads)
+	}
 	if o.Order != OrderFirst && o.Order != OrderLast {
 		complain("order %q: use %q or %q", o.Order, OrderFirst, OrderLast)
 	}
 	return errors.Join(errs...)
+}
+
+// overlaps reports whether a range of source ports has some of ours.
+func (o *Options) overlaps(ports [2]uint16) bool {
+	return ports[0] <= o.SourcePortLast && o.SourcePortFirst <= ports[1]
 }
 
 // names lists the interfaces that face clients.

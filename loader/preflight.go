@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -48,20 +49,49 @@ func Preflight(o Options) []Problem {
 	return append(problems, preflight(ns, &o)...)
 }
 
+// check is a question to this machine that Load and Doctor both ask.
+type check struct {
+	subject string
+	look    func() []Problem
+	fine    func() string // what there is, if look finds no problem
+}
+
+// machineChecks are those that concern no interface alone.
+func machineChecks(ns *namespace, o *Options) []check {
+	return []check{
+		{"kernel", checkKernel, func() string { return "Linux " + kernelRelease() }},
+		{"type information", checkBTF, func() string { return "BTF of the kernel is in " + vmlinuxBTF }},
+		{"capabilities", checkCapabilities, describeCapabilities},
+		{"bpffs", checkBPFFS, describeBPFFS},
+		{"TAP device", checkTun, func() string { return tunDevice + " can be opened" }},
+		{"JIT", checkJIT, func() string { return "programs are compiled, as far as can be seen" }},
+		{"source ports", func() []Problem { return checkPorts(ns, o.SourcePortFirst, o.SourcePortLast) }, func() string {
+			return fmt.Sprintf("%d-%d are free for connections to backends", o.SourcePortFirst, o.SourcePortLast)
+		}},
+	}
+}
+
 func preflight(ns *namespace, o *Options) []Problem {
-	problems := checkKernel()
-	problems = append(problems, checkCapabilities()...)
-	problems = append(problems, checkFiles()...)
+	var problems []Problem
+	for _, c := range machineChecks(ns, o) {
+		problems = append(problems, c.look()...)
+	}
 	for _, i := range o.Interfaces {
-		device, err := clientDevice(ns, i.Name)
-		if err == nil && i.Mode != ModeTC {
-			err = o.checkXDP(ns, device, i.Mode)
-		}
-		if err != nil {
+		if err := o.checkInterface(ns, i.Name, i.Mode); err != nil {
 			problems = append(problems, asProblem(err))
 		}
 	}
-	return append(problems, checkPorts(ns, o.SourcePortFirst, o.SourcePortLast)...)
+	return problems
+}
+
+// checkInterface looks whether an interface can be attached in a mode. Its errors are
+// Problems, but for what could not be asked.
+func (o *Options) checkInterface(ns *namespace, name string, mode Mode) error {
+	device, err := clientDevice(ns, name)
+	if err == nil && mode != ModeTC {
+		err = o.checkXDP(ns, device, mode)
+	}
+	return err
 }
 
 // fatal joins the problems that Load cannot live with.
@@ -83,19 +113,26 @@ func asProblem(err error) Problem {
 	return Problem{What: err.Error(), Remedy: "see above"}
 }
 
-func checkKernel() []Problem {
-	var problems []Problem
+func checkKernel() []Problem { return checkRelease(kernelRelease()) }
+
+func kernelRelease() string {
 	var uts unix.Utsname
-	if err := unix.Uname(&uts); err == nil {
-		problems = checkRelease(unix.ByteSliceToString(uts.Release[:]))
+	if err := unix.Uname(&uts); err != nil {
+		return "of unknown version"
 	}
-	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
-		problems = append(problems, Problem{
-			What:   "the kernel has no type information (/sys/kernel/btf/vmlinux)",
-			Remedy: "run a kernel built with CONFIG_DEBUG_INFO_BTF=y, and mount /sys",
-		})
+	return unix.ByteSliceToString(uts.Release[:])
+}
+
+const vmlinuxBTF = "/sys/kernel/btf/vmlinux"
+
+func checkBTF() []Problem {
+	if _, err := os.Stat(vmlinuxBTF); err == nil {
+		return nil
 	}
-	return problems
+	return []Problem{{
+		What:   "the kernel has no type information (" + vmlinuxBTF + ")",
+		Remedy: "run a kernel built with CONFIG_DEBUG_INFO_BTF=y, and mount /sys",
+	}}
 }
 
 func checkRelease(release string) []Problem {
@@ -115,27 +152,17 @@ func parseRelease(release string) (major, minor int, ok bool) {
 }
 
 func checkCapabilities() []Problem {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&header, &data[0]); err != nil {
-		return []Problem{{What: fmt.Sprintf("read capabilities: %v", err), Remedy: "run as root"}}
+	have, err := getCapabilities()
+	if err != nil {
+		return []Problem{{What: err.Error(), Remedy: "run as root"}}
 	}
-	has := func(c int) bool { return data[c/32].Effective&(1<<(c%32)) != 0 }
-
-	var missing []string
-	if !has(unix.CAP_NET_ADMIN) {
-		missing = append(missing, "CAP_NET_ADMIN")
+	wanted := capNetAdmin
+	if have.effective&capSysAdmin == 0 {
+		wanted |= capBPF | capPerfmon
 	}
-	if !has(unix.CAP_SYS_ADMIN) {
-		if !has(unix.CAP_BPF) {
-			missing = append(missing, "CAP_BPF")
-		}
-		if !has(unix.CAP_PERFMON) {
-			missing = append(missing, "CAP_PERFMON")
-		}
-		if !hasBPFFS() {
-			missing = append(missing, "CAP_SYS_ADMIN (to mount bpffs)")
-		}
+	missing := capNames(wanted &^ have.effective)
+	if have.effective&capSysAdmin == 0 && !hasBPFFS() {
+		missing = append(missing, "CAP_SYS_ADMIN (to mount bpffs)")
 	}
 	if missing == nil {
 		return nil
@@ -146,23 +173,56 @@ func checkCapabilities() []Problem {
 	}}
 }
 
-func checkFiles() []Problem {
-	var problems []Problem
+func describeCapabilities() string {
+	have, err := getCapabilities()
+	if err != nil {
+		return err.Error()
+	}
+	return "this process has " + strings.Join(capNames(have.effective), ", ")
+}
+
+func checkBPFFS() []Problem {
 	if _, err := os.Stat(bpffs); err != nil {
-		problems = append(problems, Problem{
+		return []Problem{{
 			What:   fmt.Sprintf("there is no place for bpffs: %v", err),
 			Remedy: "mount /sys: mount -t sysfs sysfs /sys",
-		})
+		}}
 	}
+	return nil
+}
+
+func describeBPFFS() string {
+	if hasBPFFS() {
+		return "mounted on " + bpffs
+	}
+	return "not mounted: attach mounts it on " + bpffs
+}
+
+func checkTun() []Problem {
 	file, err := os.OpenFile(tunDevice, os.O_RDWR, 0)
 	if err != nil {
-		return append(problems, Problem{
-			What:   fmt.Sprintf("no TAP device can be made: %v", err),
-			Remedy: "modprobe tun; in a container pass the device in: --device " + tunDevice,
-		})
+		remedy := "modprobe tun; in a container pass the device in: --device " + tunDevice
+		if errors.Is(err, fs.ErrPermission) {
+			remedy = "run as root; " + remedy
+		}
+		return []Problem{{What: fmt.Sprintf("no TAP device can be made: %v", err), Remedy: remedy}}
 	}
 	file.Close() //nolint:errcheck // nothing was written
-	return problems
+	return nil
+}
+
+// sysctlJIT is shown in the machine's first network namespace only.
+const sysctlJIT = "/proc/sys/net/core/bpf_jit_enable"
+
+func checkJIT() []Problem {
+	if value, err := readLine(sysctlJIT); err != nil || value != "0" {
+		return nil
+	}
+	return []Problem{{
+		What:    "the kernel interprets BPF programs, which takes many times as long",
+		Remedy:  "sysctl -w net.core.bpf_jit_enable=1",
+		Warning: true,
+	}}
 }
 
 // clientDevice looks an interface up and refuses what no client packet can come

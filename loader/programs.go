@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -34,6 +35,12 @@ var programOf = map[Role]string{
 	RoleTap:     bpf.ProgramTap,
 	RoleXDP:     bpf.ProgramXDP,
 	roleJobs:    bpf.ProgramJobs,
+}
+
+var onDeadPolicies = map[OnDead]uint8{
+	OnDeadPass:  bpf.OnDeadPass,
+	OnDeadReset: bpf.OnDeadReset,
+	OnDeadHold:  bpf.OnDeadHold,
 }
 
 // place is what a copy of a program is told of where it runs.
@@ -68,10 +75,11 @@ func (i *Instance) spec(p place) (*ebpf.CollectionSpec, error) {
 	err = errors.Join(
 		set(spec, bpf.VarCounterSlot, p.slot),
 		set(spec, bpf.VarWorkers, uint32(i.opts.Workers)),
-		set(spec, bpf.VarWorkerKey, i.workerKey),
+		set(spec, bpf.VarWorkerKey, i.record.WorkerKey),
 		set(spec, bpf.VarSourcePortFirst, i.opts.SourcePortFirst),
 		set(spec, bpf.VarSourcePortLast, i.opts.SourcePortLast),
 		set(spec, bpf.VarDeadAfter, uint64(i.opts.DeadAfter)),
+		set(spec, bpf.VarOnDead, onDeadPolicies[i.opts.OnDead]),
 		set(spec, bpf.VarRingBusy, uint64(i.opts.RingSize)/8*7),
 		set(spec, bpf.VarHasCsumIPv6, i.hasCsumIPv6),
 		set(spec, bpf.VarFacesClients, p.facesClients),
@@ -108,12 +116,19 @@ func (i *Instance) createMaps() error {
 	clear(spec.Programs)
 	maps.DeleteFunc(spec.Maps, func(name string, _ *ebpf.MapSpec) bool { return strings.HasPrefix(name, ".") })
 	spec.Variables = nil
-	coll, err := ebpf.NewCollection(spec)
+	var o ebpf.CollectionOptions
+	if i.state != nil {
+		o.MapReplacements = i.state.maps
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, o)
 	if err != nil {
 		return fmt.Errorf("create maps: %w", err)
 	}
 	defer coll.Close()
-	if err := coll.Assign(i.tables); err != nil {
+	if i.state != nil {
+		err = i.state.close()
+	}
+	if err := errors.Join(err, coll.Assign(i.tables)); err != nil {
 		return fmt.Errorf("create maps: %w", err)
 	}
 	for name := range coll.Maps {
@@ -129,14 +144,38 @@ func (i *Instance) createRings() error {
 	// Events of the quiet ring are headers, and few: two a flow.
 	quietSize := max(i.opts.RingSize/8, os.Getpagesize())
 	for worker := range uint32(i.opts.Workers) {
-		err := i.createRing(worker, fmt.Sprintf("snilb_ring%d", worker), i.opts.RingSize)
+		err := i.openOrCreateRing(worker, fmt.Sprintf("snilb_ring%d", worker), i.opts.RingSize)
 		if err == nil {
-			err = i.createRing(bpf.MaxWorkers+worker, fmt.Sprintf("snilb_quiet%d", worker), quietSize)
+			err = i.openOrCreateRing(bpf.MaxWorkers+worker, fmt.Sprintf("snilb_quiet%d", worker), quietSize)
 		}
 		if err != nil {
 			return fmt.Errorf("create the rings of worker %d: %w", worker, err)
 		}
 	}
+	return nil
+}
+
+// ringPins is the directory of the rings: the map that holds them has their name already.
+const ringPins = "workers"
+
+// ringPin is the name of a ring's pin, by its place in Instance.rings.
+func ringPin(n int) string {
+	if n%2 == 1 {
+		return fmt.Sprintf("quiet%d", n/2)
+	}
+	return fmt.Sprintf("ring%d", n/2)
+}
+
+// openOrCreateRing goes on with an earlier daemon's ring: what is in it was sent to us as well.
+func (i *Instance) openOrCreateRing(index uint32, name string, size int) error {
+	if i.state == nil {
+		return i.createRing(index, name, size)
+	}
+	ring, err := ebpf.LoadPinnedMap(filepath.Join(i.dir, ringPins, ringPin(len(i.rings))), nil)
+	if err != nil {
+		return i.layoutError(fmt.Errorf("open a ring: %w", err))
+	}
+	i.rings = append(i.rings, ring)
 	return nil
 }
 
@@ -177,7 +216,11 @@ func (i *Instance) loadProgram(p place) (*ebpf.Program, error) {
 		// Ethernet header, and TC sees it from its IP header on. Other programs see all packets in one buffer.
 		spec.Programs[programOf[p.role]].Flags &^= unix.BPF_F_XDP_HAS_FRAGS
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
+	var coll *ebpf.Collection
+	err = withPerfmon(func() (err error) {
+		coll, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: i.shared})
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("load program %s: %w", programOf[p.role], err)
 	}

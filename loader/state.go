@@ -36,6 +36,17 @@ func SocketPath(name string) (string, error) {
 	return placed(runDir, name, ".sock")
 }
 
+// journalIn is where an instance's engine notes what the next one shall know of flows.
+func journalIn(ns *namespace, name string) string {
+	return filepath.Join(runDir, name+ns.suffix+".journal")
+}
+
+// removeJournal removes it, and one that was not finished.
+func removeJournal(ns *namespace, name string) error {
+	path := journalIn(ns, name)
+	return errors.Join(removeFile(path), removeFile(path+".new"))
+}
+
 func placed(dir, name, extension string) (string, error) {
 	if err := checkName(name); err != nil {
 		return "", err

@@ -28,24 +28,29 @@ const (
 // tap is the device by which the engine sends packets. It is persistent, because
 // flows may be bound while no daemon runs and the link on it must stay alive.
 type tap struct {
-	name   string
-	index  int
-	queues []*os.File
+	name    string
+	index   int
+	queues  []*os.File
+	adopted bool // an earlier daemon made it
 }
 
 func tapAlias(instance string) string {
 	return "snilb " + instance
 }
 
-// createTap makes the device with one queue a worker. What exists of it when an
-// error is returned is in i.tap and removed by Close.
+// createTap makes the device with one queue a worker, or opens as many of an earlier
+// daemon's. What exists of it when an error is returned is in i.tap and removed by Close.
 func (i *Instance) createTap() error {
+	wanted, err := i.tapToOpen()
+	if err != nil {
+		return err
+	}
 	return i.ns.do(func() error {
-		first, name, err := openQueue("snilb%d") // the kernel takes the next free number
+		first, name, err := openQueue(wanted)
 		if err != nil {
 			return err
 		}
-		i.tap = &tap{name: name, queues: []*os.File{first}}
+		i.tap = &tap{name: name, queues: []*os.File{first}, adopted: name == wanted}
 		device, err := i.ns.LinkByName(name)
 		if err != nil {
 			return fmt.Errorf("find TAP device %s: %w", name, err)
@@ -67,6 +72,19 @@ func (i *Instance) createTap() error {
 		}
 		return i.configureTap(device)
 	})
+}
+
+// tapToOpen names the device of an earlier daemon, or one that the kernel gives the next
+// free number.
+func (i *Instance) tapToOpen() (string, error) {
+	if i.state == nil {
+		return "snilb%d", nil
+	}
+	left, err := leftTaps(i.ns, i.opts.Name)
+	if err != nil || len(left) == 0 {
+		return "snilb%d", err
+	}
+	return left[0].Attrs().Name, nil
 }
 
 // openQueue opens a queue of a device, and makes the device if there is none. The
@@ -136,12 +154,12 @@ func quietIPv6(ns *namespace, device netlink.Link) error {
 	return errors.Join(mode, off)
 }
 
-func (t *tap) close(ns *namespace) error {
+func (t *tap) close(ns *namespace, stay bool) error {
 	var errs []error
 	for _, queue := range t.queues {
 		errs = append(errs, queue.Close())
 	}
-	if t.index != 0 {
+	if t.index != 0 && !stay {
 		errs = append(errs, deleteLink(ns, t.index))
 	}
 	return errors.Join(errs...)

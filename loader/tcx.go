@@ -72,24 +72,41 @@ func (h *linkHook) detach() error {
 	return errors.Join(err, h.link.Close())
 }
 
-func (h *linkHook) alive() bool {
+func (h *linkHook) release() error { return h.link.Close() }
+
+func (h *linkHook) alive() bool { return h.ifindex() != 0 }
+
+// ifindex is of the interface that the link is on, 0 if that is gone.
+func (h *linkHook) ifindex() int {
 	info, err := h.link.Info()
 	switch {
 	case err != nil:
-		return false
 	case info.TCX() != nil:
-		return info.TCX().Ifindex != 0
+		return int(info.TCX().Ifindex)
 	case info.XDP() != nil:
-		return info.XDP().Ifindex != 0
+		return int(info.XDP().Ifindex)
 	}
-	return false
+	return 0
+}
+
+// openPinnedLink returns an error that is fs.ErrNotExist if there is none.
+func openPinnedLink(path string, role Role) (*linkHook, error) {
+	l, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open pinned link %s: %w", path, err)
+	}
+	name := "tcx"
+	if role == RoleXDP {
+		name = "xdp"
+	}
+	return &linkHook{link: l, name: name, pinned: path}, nil
 }
 
 // removePinnedLink takes off what a dead daemon pinned.
 func removePinnedLink(path string) error {
-	l, err := link.LoadPinnedLink(path, nil)
+	h, err := openPinnedLink(path, "")
 	if err != nil {
-		return fmt.Errorf("open pinned link %s: %w", path, err)
+		return err
 	}
-	return (&linkHook{link: l, pinned: path}).detach()
+	return h.detach()
 }

@@ -29,7 +29,7 @@ type cost struct {
 func verifierCost(t *testing.T, name string) cost {
 	t.Helper()
 	needRoot(t)
-	spec := testSpec(t, settings{workers: 4, ringSize: defaultRing, xdp: name == ProgramXDP})
+	spec := testSpec(t, settings{workers: 4, ringSize: defaultRing, onDead: OnDeadReset, xdp: name == ProgramXDP})
 	for other := range spec.Programs {
 		if other != name {
 			delete(spec.Programs, other)

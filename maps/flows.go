@@ -125,7 +125,7 @@ func batch[K, V any](m *ebpf.Map, each func(*K, *V)) error {
 		case errors.Is(err, ebpf.ErrKeyNotExist):
 			return nil
 		case err != nil:
-			return fmt.Errorf("read flows: %w", err)
+			return fmt.Errorf("read %s: %w", m, err)
 		}
 	}
 }

@@ -129,6 +129,7 @@ type settings struct {
 	workers    uint32
 	ringSize   int
 	ringBusy   uint64
+	onDead     uint8
 	noCsumIPv6 bool // as on a kernel without BPF_F_IPV6
 	flows      int  // room in the flow tables; 1024
 	xdp        bool // the XDP object, whose program stands for both of TC's
@@ -146,6 +147,8 @@ type rig struct {
 	readers  []*ringbuf.Reader
 	set      settings
 	live     Live
+	age      time.Duration // of the daemon's last beat; negative: it is draining
+	clock    uint64        // when it was set
 	slot     uint64
 	total    *uint64 // program runs so far
 	rationed bool    // a test sets the allowances of events itself
@@ -207,6 +210,7 @@ func (s settings) variables() map[string]any {
 		VarSourcePortFirst: uint16(portFirst),
 		VarSourcePortLast:  uint16(portLast),
 		VarDeadAfter:       uint64(aliveFor),
+		VarOnDead:          s.onDead,
 		VarRingBusy:        s.ringBusy,
 		VarHasCsumIPv6:     !s.noCsumIPv6,
 		VarRedirectBack:    s.redirectBack,
@@ -278,14 +282,28 @@ func monotonic(tb testing.TB) uint64 {
 	return uint64(ts.Nano())
 }
 
-// setClock says the daemon is alive and puts the wall clock in the middle of
-// r.slot: 8 s to both sides.
+// setClock says that the daemon is alive, or as old as r.age, and puts the wall clock in
+// the middle of r.slot: 8 s to both sides.
 func (r *rig) setClock() {
 	r.Helper()
 	now := monotonic(r)
-	r.live.Beat = now
+	r.clock = now
+	if r.live.Beat = 0; r.age >= 0 {
+		r.live.Beat = now - min(now-1, uint64(r.age))
+	}
 	r.live.WallOffset = r.slot*CookieSlotNanoseconds + CookieSlotNanoseconds/2 - now
 	must(r, r.tables.SetLive(&r.live))
+}
+
+// silent ages the daemon's last beat until the test ends.
+func (r *rig) silent(age time.Duration) {
+	r.Helper()
+	r.age = age
+	r.setClock()
+	r.Cleanup(func() {
+		r.age = 0
+		r.setClock()
+	})
 }
 
 func (r *rig) counters() CounterSet {
@@ -402,7 +420,7 @@ func drop(reason Reason) want { return want{action: shot, reason: reason} }
 // output, which is returned.
 func (r *rig) outcome(program string, in []byte, ctx skbuff, w want) []byte {
 	r.Helper()
-	if monotonic(r)-r.live.Beat > uint64(4*time.Second) {
+	if monotonic(r)-r.clock > uint64(time.Second/2) {
 		r.setClock()
 	}
 	if a := Reasons[w.reason].Action; !w.fits(a) {

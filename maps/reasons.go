@@ -61,4 +61,8 @@ var Reasons = [bpfReasonREASON_LEN]ReasonInfo{
 	bpfReasonREASON_LEFT_TOO_BIG:     {"left_too_big", ActionPass},
 	bpfReasonREASON_LEFT_CHECKSUM:    {"left_checksum", ActionPass},
 	bpfReasonREASON_LEFT_FRAME:       {"left_frame", ActionPass},
+	bpfReasonREASON_DRAINING:         {"draining", ActionPass},
+	bpfReasonREASON_DEAD_RESET:       {"dead_reset", ActionAnswer},
+	bpfReasonREASON_DEAD_HOLD:        {"dead_hold", ActionDrop},
+	bpfReasonREASON_LATE_HOLD:        {"late_hold", ActionDrop},
 }

@@ -27,7 +27,7 @@ type bpfCookieKey struct {
 
 type bpfCounterSet struct {
 	_       structs.HostLayout
-	Packets [36]uint64
+	Packets [40]uint64
 }
 
 type bpfCounterUser struct {
@@ -35,6 +35,14 @@ type bpfCounterUser struct {
 	Iface [16]int8
 	Role  [16]int8
 }
+
+type bpfDeadPolicy uint32
+
+const (
+	bpfDeadPolicyON_DEAD_PASS  bpfDeadPolicy = 0
+	bpfDeadPolicyON_DEAD_RESET bpfDeadPolicy = 1
+	bpfDeadPolicyON_DEAD_HOLD  bpfDeadPolicy = 2
+)
 
 type bpfEventHeader struct {
 	_        structs.HostLayout
@@ -282,7 +290,11 @@ const (
 	bpfReasonREASON_LEFT_TOO_BIG     bpfReason = 33
 	bpfReasonREASON_LEFT_CHECKSUM    bpfReason = 34
 	bpfReasonREASON_LEFT_FRAME       bpfReason = 35
-	bpfReasonREASON_LEN              bpfReason = 36
+	bpfReasonREASON_DRAINING         bpfReason = 36
+	bpfReasonREASON_DEAD_RESET       bpfReason = 37
+	bpfReasonREASON_DEAD_HOLD        bpfReason = 38
+	bpfReasonREASON_LATE_HOLD        bpfReason = 39
+	bpfReasonREASON_LEN              bpfReason = 40
 )
 
 type bpfScratch struct {
@@ -329,6 +341,7 @@ const (
 	bpfProgSnilbClient    = "snilb_client"
 	bpfProgSnilbJobs      = "snilb_jobs"
 	bpfProgSnilbTap       = "snilb_tap"
+	bpfVarAbiDeadPolicy   = "abi_dead_policy"
 	bpfVarAbiEventHeader  = "abi_event_header"
 	bpfVarAbiEventKind    = "abi_event_kind"
 	bpfVarAbiFlowJobOp    = "abi_flow_job_op"
@@ -343,6 +356,7 @@ const (
 	bpfVarDeadAfter       = "dead_after"
 	bpfVarFacesClients    = "faces_clients"
 	bpfVarHasCsumIpv6     = "has_csum_ipv6"
+	bpfVarOnDead          = "on_dead"
 	bpfVarRedirectBack    = "redirect_back"
 	bpfVarRingBusy        = "ring_busy"
 	bpfVarSourcePortFirst = "source_port_first"
@@ -423,6 +437,7 @@ type bpfMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfVariableSpecs struct {
+	AbiDeadPolicy   *ebpf.VariableSpec `ebpf:"abi_dead_policy"`
 	AbiEventHeader  *ebpf.VariableSpec `ebpf:"abi_event_header"`
 	AbiEventKind    *ebpf.VariableSpec `ebpf:"abi_event_kind"`
 	AbiFlowJobOp    *ebpf.VariableSpec `ebpf:"abi_flow_job_op"`
@@ -437,6 +452,7 @@ type bpfVariableSpecs struct {
 	DeadAfter       *ebpf.VariableSpec `ebpf:"dead_after"`
 	FacesClients    *ebpf.VariableSpec `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.VariableSpec `ebpf:"has_csum_ipv6"`
+	OnDead          *ebpf.VariableSpec `ebpf:"on_dead"`
 	RedirectBack    *ebpf.VariableSpec `ebpf:"redirect_back"`
 	RingBusy        *ebpf.VariableSpec `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.VariableSpec `ebpf:"source_port_first"`
@@ -504,6 +520,7 @@ func (m *bpfMaps) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfVariables struct {
+	AbiDeadPolicy   *ebpf.Variable `ebpf:"abi_dead_policy"`
 	AbiEventHeader  *ebpf.Variable `ebpf:"abi_event_header"`
 	AbiEventKind    *ebpf.Variable `ebpf:"abi_event_kind"`
 	AbiFlowJobOp    *ebpf.Variable `ebpf:"abi_flow_job_op"`
@@ -518,6 +535,7 @@ type bpfVariables struct {
 	DeadAfter       *ebpf.Variable `ebpf:"dead_after"`
 	FacesClients    *ebpf.Variable `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.Variable `ebpf:"has_csum_ipv6"`
+	OnDead          *ebpf.Variable `ebpf:"on_dead"`
 	RedirectBack    *ebpf.Variable `ebpf:"redirect_back"`
 	RingBusy        *ebpf.Variable `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.Variable `ebpf:"source_port_first"`

@@ -35,6 +35,7 @@ const (
 	xdpVarDeadAfter       = "dead_after"
 	xdpVarFacesClients    = "faces_clients"
 	xdpVarHasCsumIpv6     = "has_csum_ipv6"
+	xdpVarOnDead          = "on_dead"
 	xdpVarRedirectBack    = "redirect_back"
 	xdpVarRingBusy        = "ring_busy"
 	xdpVarSourcePortFirst = "source_port_first"
@@ -116,6 +117,7 @@ type xdpVariableSpecs struct {
 	DeadAfter       *ebpf.VariableSpec `ebpf:"dead_after"`
 	FacesClients    *ebpf.VariableSpec `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.VariableSpec `ebpf:"has_csum_ipv6"`
+	OnDead          *ebpf.VariableSpec `ebpf:"on_dead"`
 	RedirectBack    *ebpf.VariableSpec `ebpf:"redirect_back"`
 	RingBusy        *ebpf.VariableSpec `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.VariableSpec `ebpf:"source_port_first"`
@@ -187,6 +189,7 @@ type xdpVariables struct {
 	DeadAfter       *ebpf.Variable `ebpf:"dead_after"`
 	FacesClients    *ebpf.Variable `ebpf:"faces_clients"`
 	HasCsumIpv6     *ebpf.Variable `ebpf:"has_csum_ipv6"`
+	OnDead          *ebpf.Variable `ebpf:"on_dead"`
 	RedirectBack    *ebpf.Variable `ebpf:"redirect_back"`
 	RingBusy        *ebpf.Variable `ebpf:"ring_busy"`
 	SourcePortFirst *ebpf.Variable `ebpf:"source_port_first"`

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 const (
@@ -468,58 +467,6 @@ func TestSynAnnouncedMSS(t *testing.T) {
 			if got := out[s.l4()+22 : s.l4()+24]; !bytes.Equal(got, mss) {
 				r.Errorf("announced %x, want %x", got, mss)
 			}
-		})
-	})
-}
-
-// A SYN that nobody would follow up goes to the stack as it came.
-func TestSynDaemonDead(t *testing.T) {
-	skins(t, newRig, settings{}, func(t *testing.T, r *rig) {
-		r.listen(UnknownFlowReset)
-		ages := map[time.Duration]want{
-			aliveFor - time.Second: r.answered(),
-			aliveFor + time.Second: pass(bpfReasonREASON_DAEMON_DEAD),
-			time.Hour:              pass(bpfReasonREASON_DAEMON_DEAD),
-		}
-		bothFamilies(t, func(t *testing.T, f family) {
-			for age, w := range ages {
-				r := r.with(t)
-				s := f.clientSegment(syn)
-				now := monotonic(t)
-				r.live.Beat = now - min(now, uint64(age))
-				must(t, r.tables.SetLive(&r.live))
-				r.live.Beat = now // for the rig: the clock need not be set again
-				out := r.outcome(ProgramClient, s.frame(), skbuff{}, w)
-				if w.action == next {
-					sameFrame(t, out, s.frame())
-				}
-			}
-			r.setClock()
-		})
-	})
-}
-
-// A worker that lags behind is spared new connections, not the ones it has.
-func TestSynRingBusy(t *testing.T) {
-	skins(t, newRig, settings{ringBusy: 200}, func(t *testing.T, r *rig) {
-		r.listen(UnknownFlowReset)
-		bothFamilies(t, func(t *testing.T, f family) {
-			r := r.with(t)
-			hello := r.hello(f)
-			hello.payload = bytes.Repeat([]byte{0x16}, 120)
-			r.expectAnswer(f.clientSegment(syn))
-			for range 2 {
-				_, action := r.run(ProgramClient, hello.frame(), skbuff{})
-				if action != shot {
-					t.Fatalf("action is %d", action)
-				}
-			}
-			_, action := r.run(ProgramClient, f.clientSegment(syn).frame(), skbuff{})
-			if c := r.counters(); action != next || c.Packets[bpfReasonREASON_RING_BUSY] == 0 {
-				t.Errorf("action is %d, %s", action, counted(c))
-			}
-			r.events(0)
-			r.expectAnswer(f.clientSegment(syn))
 		})
 	})
 }

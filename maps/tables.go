@@ -49,8 +49,9 @@ type NamedMap struct {
 }
 
 // SetListeners makes the kernel answer exactly these addresses. A port's bit goes
-// up after its listeners stand and down before they go, so that no packet meets a
-// half-written state that answers what is not ours.
+// up after its listeners stand, so that no packet meets a half-written state that
+// answers what is not ours, and stays up when they go: connections that are bound
+// have the port still, and go on.
 func (t *Tables) SetListeners(want map[netip.AddrPort]Listener) error {
 	have, err := t.listenerKeys()
 	if err != nil {
@@ -63,7 +64,7 @@ func (t *Tables) SetListeners(want map[netip.AddrPort]Listener) error {
 		}
 		delete(have, key)
 	}
-	if err := t.setListenerPorts(want); err != nil {
+	if err := t.raiseListenerPorts(want); err != nil {
 		return err
 	}
 	for key := range have {
@@ -88,7 +89,7 @@ func (t *Tables) listenerKeys() (map[ListenerKey]bool, error) {
 	return have, nil
 }
 
-func (t *Tables) setListenerPorts(want map[netip.AddrPort]Listener) error {
+func (t *Tables) raiseListenerPorts(want map[netip.AddrPort]Listener) error {
 	var words [1024]uint64
 	for addr := range want {
 		words[addr.Port()>>6] |= 1 << (addr.Port() & 63)
@@ -99,7 +100,7 @@ func (t *Tables) setListenerPorts(want map[netip.AddrPort]Listener) error {
 		if err := t.ListenerPorts.Lookup(&word, &have); err != nil {
 			return fmt.Errorf("read listener ports: %w", err)
 		}
-		if have == bits {
+		if bits |= have; have == bits {
 			continue
 		}
 		if err := t.ListenerPorts.Put(&word, &bits); err != nil {

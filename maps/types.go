@@ -82,6 +82,10 @@ const (
 	UnknownFlowReset = uint8(bpfUnknownFlowUNKNOWN_FLOW_RESET)
 	UnknownFlowPass  = uint8(bpfUnknownFlowUNKNOWN_FLOW_PASS)
 	UnknownFlowDrop  = uint8(bpfUnknownFlowUNKNOWN_FLOW_DROP)
+
+	OnDeadPass  = uint8(bpfDeadPolicyON_DEAD_PASS)
+	OnDeadReset = uint8(bpfDeadPolicyON_DEAD_RESET)
+	OnDeadHold  = uint8(bpfDeadPolicyON_DEAD_HOLD)
 )
 
 // What the preprocessor keeps from the generator; a test compares each with the
@@ -121,7 +125,9 @@ const (
 	ProgramJobs    = bpfProgSnilbJobs
 	ProgramXDP     = xdpProgSnilbXdp // in SpecXDP
 
-	MapJobs = bpfMapJobs // what ProgramJobs and its callers share
+	MapJobs     = bpfMapJobs // what ProgramJobs and its callers share
+	MapCounters = bpfMapCounters
+	MapInstance = bpfMapInstance
 
 	VarCounterSlot     = bpfVarCounterSlot     // uint32
 	VarWorkers         = bpfVarWorkers         // uint32
@@ -129,6 +135,7 @@ const (
 	VarSourcePortFirst = bpfVarSourcePortFirst // uint16
 	VarSourcePortLast  = bpfVarSourcePortLast  // uint16
 	VarDeadAfter       = bpfVarDeadAfter       // uint64, ns
+	VarOnDead          = bpfVarOnDead          // uint8, OnDeadPass...
 	VarRingBusy        = bpfVarRingBusy        // uint64, bytes
 	VarHasCsumIPv6     = bpfVarHasCsumIpv6     // bool
 	VarRedirectBack    = bpfVarRedirectBack    // bool

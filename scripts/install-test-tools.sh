@@ -5,7 +5,7 @@
 set -eu
 
 packages="clang-19 llvm-19 clang-format-19 libbpf-dev nginx-light libnginx-mod-stream haproxy sniproxy curl openssl gnutls-bin
-	iproute2 nftables ethtool tcpdump iputils-ping openssh-client util-linux gcc libc6-dev git ca-certificates $*"
+	iproute2 nftables ethtool tcpdump iputils-ping openssh-client util-linux gcc libc6-dev git ca-certificates systemd man-db groff-base fish $*"
 
 missing=
 for p in $packages; do

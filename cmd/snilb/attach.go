@@ -19,6 +19,7 @@ import (
 
 	"snilb/loader"
 	"snilb/maps"
+	"snilb/userspace/api"
 	"snilb/userspace/config"
 )
 
@@ -35,7 +36,8 @@ func attachCommand() *cli.Command {
 		Usage:     "Balance what comes in by interfaces, in the foreground",
 		ArgsUsage: "IFACE[=MODE]...",
 		Description: "Prints a line \"ready\" on stderr once it steers. TERM and INT end it, after the connections or\n" +
-			"--drain-timeout; a second one ends it at once.",
+			"--drain-timeout; a second one ends it at once. Where an earlier daemon of this name has left its state,\n" +
+			"by a crash or by --on-exit keep, its connections go on under the new one.",
 		Flags:        attachFlags(),
 		OnUsageError: usageError,
 		Action: func(c *cli.Context) error {
@@ -62,9 +64,10 @@ func attachFlags() []cli.Flag {
 		&cli.StringFlag{Name: "mode", Usage: "attach by `MODE`: tc, or xdp (in the driver) or xdp-generic in front of it; for interfaces without =MODE and those towards backends", Value: string(loader.ModeTC)},
 		&cli.StringFlag{Name: "order", Usage: "the `PLACE` among other programs: first or last", Value: string(loader.OrderFirst)},
 		&cli.StringFlag{Name: "api", Usage: "listen for commands at `PATH` instead of /run/snilb/NAME.sock"},
-		&cli.DurationFlag{Name: "dead-after", Usage: "leave new connections to the stack after `DURATION` without a sign of the daemon", Value: loader.DefaultDeadAfter},
-		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do with the programs at the end: detach", Value: "detach"},
-		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` a dead daemon's new connections meet: pass", Value: "pass"},
+		&cli.StringFlag{Name: "api-owner", Usage: "let `USER[:GROUP]` give commands, instead of only the daemon's user"},
+		&cli.DurationFlag{Name: "dead-after", Usage: "take the daemon for dead after `DURATION` without a sign of it", Value: loader.DefaultDeadAfter},
+		&cli.StringFlag{Name: "on-exit", Usage: "`WHAT` to do at the end: detach, after the connections or --drain-timeout; or keep all for the next daemon", Value: exitDetach},
+		&cli.StringFlag{Name: "on-dead", Usage: "`WHAT` new connections meet then: pass (the stack has them, a proxy on the port or its RST), reset, or hold (they wait)", Value: string(loader.OnDeadPass)},
 		&cli.DurationFlag{Name: "drain-timeout", Usage: "how long connections may go on after TERM, as `DURATION`", Value: defaultDrainTimeout},
 		&cli.StringFlag{Name: "log-format", Usage: "`FORMAT`: text or json", Value: "text"},
 		&cli.IntFlag{Name: "workers", Hidden: true, Value: min(runtime.GOMAXPROCS(0), defaultMaxWorkers)},
@@ -78,6 +81,12 @@ func attachFlags() []cli.Flag {
 	}
 }
 
+// What becomes of programs and connections at the end.
+const (
+	exitDetach = "detach"
+	exitKeep   = "keep"
+)
+
 // attachOptions is the command line of attach.
 type attachOptions struct {
 	interfaces   []loader.Interface
@@ -85,8 +94,11 @@ type attachOptions struct {
 	routes       string
 	name         string
 	socket       string // "": where the name puts it
+	socketOwner  *api.Owner
 	order        loader.Order
 	deadAfter    time.Duration
+	onExit       string
+	onDead       loader.OnDead
 	drainTimeout time.Duration
 	jsonLogs     bool
 	workers      int
@@ -101,6 +113,8 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		socket:       c.String("api"),
 		order:        loader.Order(c.String("order")),
 		deadAfter:    c.Duration("dead-after"),
+		onExit:       c.String("on-exit"),
+		onDead:       loader.OnDead(c.String("on-dead")),
 		drainTimeout: c.Duration("drain-timeout"),
 		jsonLogs:     c.String("log-format") == "json",
 		workers:      c.Int("workers"),
@@ -121,6 +135,9 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 	if o.sourcePorts, err = readPortRange(c.String("source-ports")); err != nil {
 		return o, err
 	}
+	if o.socketOwner, err = readOwner(c.String("api-owner")); err != nil {
+		return o, err
+	}
 	switch {
 	case o.routes == "":
 		return o, fmt.Errorf("attach needs --routes FILE")
@@ -128,6 +145,10 @@ func readAttachOptions(c *cli.Context) (attachOptions, error) {
 		return o, fmt.Errorf("--order %q: use first or last", o.order)
 	case o.deadAfter < 2*time.Second:
 		return o, fmt.Errorf("--dead-after %s: use 2s or more, as the daemon gives a sign of life once a second", o.deadAfter)
+	case o.onExit != exitDetach && o.onExit != exitKeep:
+		return o, fmt.Errorf("--on-exit %q: use detach or keep", o.onExit)
+	case !slices.Contains(loader.OnDeads, o.onDead):
+		return o, fmt.Errorf("--on-dead %q: use pass, reset or hold", o.onDead)
 	case o.drainTimeout < 0:
 		return o, fmt.Errorf("--drain-timeout %s: use 0s or more", o.drainTimeout)
 	case !slices.Contains([]string{"text", "json"}, c.String("log-format")):
@@ -163,21 +184,6 @@ func badPortRange(word string) error {
 
 // refuseUnsupported refuses what the contract has and this build does not.
 func refuseUnsupported(c *cli.Context) error {
-	for _, choice := range []struct {
-		flag, only string
-		later      []string
-	}{
-		{"on-exit", "detach", []string{"keep"}},
-		{"on-dead", "pass", []string{"reset", "hold"}},
-	} {
-		switch value := c.String(choice.flag); {
-		case value == choice.only:
-		case slices.Contains(choice.later, value):
-			return fmt.Errorf("--%s %s is not supported yet: use %s", choice.flag, value, choice.only)
-		default:
-			return fmt.Errorf("--%s cannot be %q: use %s", choice.flag, value, choice.only)
-		}
-	}
 	for flag, used := range map[string]bool{
 		"watch":       c.Bool("watch"),
 		"metrics":     c.String("metrics") != "",

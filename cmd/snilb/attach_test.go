@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"snilb/loader"
+	"snilb/userspace/api"
 )
 
 // parseAttach reads a command line without attaching.
@@ -30,17 +31,17 @@ func parseAttach(t *testing.T, line string) (o attachOptions, errText string) {
 }
 
 func TestAttachOptions(t *testing.T) {
-	o, errText := parseAttach(t, "eth0 eth1=tc eth2=xdp --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --source-ports 20000-20003 --mode xdp-generic --on-exit detach --on-dead pass")
+	o, errText := parseAttach(t, "eth0 eth1=tc eth2=xdp --routes r.yaml --name edge --order last --api /x.sock --dead-after 4s --drain-timeout 0s --log-format json --workers 3 --source-ports 20000-20003 --mode xdp-generic --on-exit keep --on-dead hold")
 	want := attachOptions{
 		interfaces: []loader.Interface{{Name: "eth0"}, {Name: "eth1", Mode: loader.ModeTC}, {Name: "eth2", Mode: loader.ModeXDP}},
 		mode:       loader.ModeXDPGeneric, routes: "r.yaml", name: "edge", socket: "/x.sock", order: loader.OrderLast,
-		deadAfter: 4 * time.Second, jsonLogs: true, workers: 3, sourcePorts: [2]uint16{20000, 20003},
+		deadAfter: 4 * time.Second, onExit: exitKeep, onDead: loader.OnDeadHold, jsonLogs: true, workers: 3, sourcePorts: [2]uint16{20000, 20003},
 	}
 	if d := cmp.Diff(want, o, cmp.AllowUnexported(attachOptions{})); d != "" || errText != "" {
 		t.Errorf("%s, -want +got:\n%s", errText, d)
 	}
 	o, errText = parseAttach(t, "eth0 --routes r.yaml")
-	if errText != "" || o.name != loader.DefaultName || o.mode != loader.ModeTC || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.workers < 1 || o.workers > 8 || o.sourcePorts != [2]uint16{10000, 29999} {
+	if errText != "" || o.name != loader.DefaultName || o.mode != loader.ModeTC || o.drainTimeout != 10*time.Second || o.order != loader.OrderFirst || o.onDead != loader.OnDeadPass || o.onExit != exitDetach || o.workers < 1 || o.workers > 8 || o.sourcePorts != [2]uint16{10000, 29999} {
 		t.Errorf("the defaults: %+v, %s", o, errText)
 	}
 }
@@ -54,9 +55,8 @@ func TestAttachRefuses(t *testing.T) {
 		"eth0=xdpdrv --routes r":                     `eth0=xdpdrv: no mode "xdpdrv": use tc, xdp or xdp-generic`,
 		"eth0= --routes r":                           `eth0=: no mode ""`,
 		"eth0 --mode fast":                           `--mode fast: no mode "fast"`,
-		"eth0 --on-exit keep":                        "--on-exit keep is not supported yet: use detach",
-		"eth0 --on-dead hold":                        "--on-dead hold is not supported yet: use pass",
-		"eth0 --on-dead x":                           `--on-dead cannot be "x"`,
+		"eth0 --routes r --on-exit stay":             "--on-exit \"stay\": use detach or keep",
+		"eth0 --routes r --on-dead x":                `--on-dead "x": use pass, reset or hold`,
 		"eth0 --watch":                               "--watch is not supported yet",
 		"eth0 --metrics :9":                          "--metrics is not supported yet",
 		"eth0 --cookie-key k":                        "--cookie-key is not supported yet",
@@ -68,6 +68,11 @@ func TestAttachRefuses(t *testing.T) {
 		"eth0 --routes r --dead-after 9":             "invalid value",
 		"eth0 --routes r --log-format xml":           `--log-format "xml"`,
 		"eth0 --routes r --workers 65":               "--workers 65: use 1 to 64",
+		"eth0 --routes r --api-owner no-such-user":   `--api-owner "no-such-user": user: unknown user no-such-user: use USER or USER:GROUP`,
+		"eth0 --routes r --api-owner root:":          `--api-owner "root:": group: unknown group`,
+		"eth0 --routes r --api-owner :root":          `--api-owner ":root": user: unknown user`,
+		"eth0 --routes r --api-owner root:nosuchgrp": `unknown group nosuchgrp`,
+		"eth0 --routes r --api-owner 4294967295":     `unknown user`,
 		"eth0 --routes r --source-ports x":           `--source-ports "x": use FIRST-LAST`,
 		"eth0 --routes r --source-ports 20000":       `--source-ports "20000": use FIRST-LAST`,
 		"eth0 --routes r --source-ports 20003-20000": `--source-ports "20003-20000": use FIRST-LAST`,
@@ -81,10 +86,21 @@ func TestAttachRefuses(t *testing.T) {
 	}
 }
 
+func TestAPIOwner(t *testing.T) {
+	for word, want := range map[string]api.Owner{
+		"root": {UID: 0, GID: -1}, "root:root": {}, "12345": {UID: 12345, GID: -1}, "daemon:54321": {UID: 1, GID: 54321},
+	} {
+		o, errText := parseAttach(t, "eth0 --routes r --api-owner "+word)
+		if errText != "" || o.socketOwner == nil || *o.socketOwner != want {
+			t.Errorf("%s: %+v, %s", word, o.socketOwner, errText)
+		}
+	}
+}
+
 func TestExitCodes(t *testing.T) {
 	for line, want := range map[string]int{
 		"attach": exitUsage, "attach eth0 --nonsense": exitUsage, "nonsense": exitUsage, "--nonsense": exitUsage,
-		"attach lo --routes /nonexistent": exitFailed, "detach": exitUsage, "detach lo --all": exitUsage,
+		"attach lo --routes /nonexistent": exitFailed, "attach lo --routes /nonexistent --api-owner no-such-user": exitUsage, "doctor lo": exitFailed, "doctor -o xml": exitUsage, "doctor --nonsense": exitUsage, "detach": exitUsage, "detach lo --all": exitUsage,
 		"status -o xml": exitUsage, "status x": exitUsage, "flows -o xml": exitUsage, "status --name A": exitUsage,
 		"status --api /nonexistent": exitFailed, "flows --api /nonexistent": exitFailed, "config --api /nonexistent": exitFailed,
 		"version": 0, "version x": exitUsage, "": 0, "help": 0,

@@ -56,13 +56,20 @@ func clientOf(name, socket string) (*api.Client, error) {
 	return api.NewClient(name, socket), nil
 }
 
-// noDaemon adds to an error that is api.ErrNoDaemon what a dead daemon has left.
+// noDaemon adds to an error that is api.ErrNoDaemon what a dead daemon has left, or which
+// other instances there are.
 func noDaemon(name string, err error) error {
 	if !errors.Is(err, api.ErrNoDaemon) {
 		return err
 	}
 	left, listErr := loader.Instances()
-	if listErr != nil || !slices.Contains(left, name) {
+	if listErr != nil {
+		return err
+	}
+	if !slices.Contains(left, name) {
+		if others := otherInstances(name); others != "" {
+			return fmt.Errorf("%w; %s", err, others)
+		}
 		return err
 	}
 	dir, dirErr := loader.Dir(name)
@@ -72,5 +79,5 @@ func noDaemon(name string, err error) error {
 	if dirErr != nil {
 		return err
 	}
-	return fmt.Errorf("%w; a dead daemon has left its state in %s, and its connections go on until it is started again (which cuts them) or removed by snilb detach --all --name %s", err, dir, name)
+	return fmt.Errorf("%w; a dead daemon has left its state in %s, and its connections go on: see snilb status; %s", err, dir, wayOut(name))
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -13,12 +12,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 
 	"snilb/loader"
 	"snilb/maps"
@@ -27,54 +28,74 @@ import (
 	"snilb/userspace/engine"
 )
 
+// leaveTimeout is how long connections that are being set up may take to the end before a
+// daemon leaves that another one follows. Their clients wait for the latter's start as well.
+const leaveTimeout = 2 * time.Second
+
 // drainPoll is how often a draining daemon looks whether connections are left.
 const drainPoll = 50 * time.Millisecond
 
 // server is a running daemon. All but the atomics is set before it serves.
 type server struct {
 	o        attachOptions
-	config   *config.Config
 	log      *slog.Logger
 	out      io.Writer // where "ready" goes
 	started  time.Time
 	instance *loader.Instance
-	engine   *engine.Engine
-	socket   net.Listener
+	// What tables and programs are made for.
+	flowEntries int
+	ports       [2]uint16 // towards backends, first and last
+	engine      *engine.Engine
+	socket      net.Listener
 
-	// failed holds what ended one of the parts that run; each of the four writes once.
+	// failed holds what ended one of the parts that run; each of the six writes once.
 	failed chan error
 	asked  chan struct{} // holds the wish of `snilb detach`
+	leave  bool          // all stays for the next daemon
 
-	ready, draining atomic.Bool // read by the socket's handlers
+	// These are read by the socket's handlers.
+	ready, draining atomic.Bool
+	config          atomic.Pointer[config.Config] // in force
+	reloaded        atomic.Pointer[reloadStatus]  // never nil
+
+	hangups   chan struct{}           // holds the wish of SIGHUP
+	reloading sync.Mutex              // held by one reload, which reads and writes the rest
+	backends  map[netip.AddrPort]bool // that the loader has; true: without an error
+	passing   bool                    // some of them may be in force no more
+	over      bool                    // no reload any more
 }
 
 // runDaemon attaches, serves until a signal, a command or a failure, and leaves
-// nothing behind.
+// nothing behind, or all for the next daemon.
 func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out io.Writer) (err error) {
 	s := &server{
-		o: o, config: c, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
-		failed: make(chan error, 4), asked: make(chan struct{}, 1),
+		o: o, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
+		failed: make(chan error, 6), asked: make(chan struct{}, 1), hangups: make(chan struct{}, 1),
+		backends: make(map[netip.AddrPort]bool),
+		leave:    o.onExit == exitKeep,
 	}
-	for _, w := range c.Warnings {
-		s.log.Warn(w.What, "at", w.Position.String(), "remedy", w.Remedy)
-	}
-	for _, n := range c.Notes {
-		s.log.Info(n.What, "at", n.Position.String(), "remedy", n.Remedy)
-	}
-	ports := sourcePorts(c, o.sourcePorts)
+	s.config.Store(c)
+	s.reloaded.Store(&reloadStatus{OK: true, At: s.started})
+	s.logWarnings(c)
+	s.flowEntries, s.ports = c.Limits.Flows, sourcePorts(c, o.sourcePorts)
 	s.instance, err = loader.Load(loader.Options{
-		Name: o.name, Interfaces: o.interfaces, Mode: o.mode, Workers: o.workers, FlowEntries: c.Limits.Flows,
-		SourcePortFirst: ports[0], SourcePortLast: ports[1],
-		DeadAfter: o.deadAfter, Order: o.order, Logger: s.log,
+		Name: o.name, Interfaces: o.interfaces, Mode: o.mode, Workers: o.workers, FlowEntries: s.flowEntries,
+		SourcePortFirst: s.ports[0], SourcePortLast: s.ports[1],
+		DeadAfter: o.deadAfter, OnDead: o.onDead, Order: o.order, Logger: s.log,
 	})
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
 	defer func() {
-		if closeErr := s.instance.Close(); closeErr != nil {
-			err = errors.Join(err, fmt.Errorf("detach: %w", closeErr))
+		end := s.instance.Close
+		if s.leave {
+			end = s.instance.Leave
+		}
+		if endErr := end(); endErr != nil {
+			err = errors.Join(err, fmt.Errorf("detach: %w", endErr))
 		}
 	}()
+	s.ports = s.instance.SourcePorts() // an earlier daemon's, where they reach further
 	if err := s.prepare(); err != nil {
 		return s.setupError(err)
 	}
@@ -92,19 +113,21 @@ func (s *server) setupError(err error) error {
 
 // prepare fills the tables and makes the parts that run; nothing runs yet.
 func (s *server) prepare() error {
-	problems := checkSources(s.config)
-	problems = append(problems, eachBackend(s.config, func(addr netip.AddrPort, sources []netip.Addr) error {
+	c := s.config.Load()
+	problems := checkSources(c)
+	problems = append(problems, eachBackend(c, func(addr netip.AddrPort, sources []netip.Addr) error {
 		_, err := s.instance.AddBackend(addr, sources...)
+		s.backends[addr] = true
 		return err
 	})...)
 	if len(problems) > 0 {
 		return problems
 	}
-	if err := s.instance.SetListeners(listenerSpecs(s.config)); err != nil {
+	plan, err := engine.FirstPlan(c, engine.KnownIDs(s.instance.Journal()))
+	if err != nil {
 		return err
 	}
-	plan, err := engine.NewPlan(s.config, nil)
-	if err != nil {
+	if err := s.instance.SetListeners(listenerSpecs(c, plan)); err != nil {
 		return err
 	}
 	path := s.o.socket
@@ -112,7 +135,7 @@ func (s *server) prepare() error {
 		path = s.instance.Socket()
 	}
 	// Before the engine, whose rings only Run closes.
-	if s.socket, err = api.Listen(path); err != nil {
+	if s.socket, err = api.Listen(path, s.o.socketOwner); err != nil {
 		return err
 	}
 	if s.engine, err = engine.New(s.engineOptions(), plan); err != nil {
@@ -122,7 +145,6 @@ func (s *server) prepare() error {
 }
 
 func (s *server) engineOptions() engine.Options {
-	ports := sourcePorts(s.config, s.o.sourcePorts)
 	o := engine.Options{
 		Tables: s.instance.Tables(),
 		NextHop: func(addr netip.Addr) (engine.Hop, error) {
@@ -135,12 +157,13 @@ func (s *server) engineOptions() engine.Options {
 		},
 		MSS:             s.instance.MTU,
 		HasSockets:      s.instance.HasSockets,
-		SourcePortFirst: ports[0],
-		SourcePortLast:  ports[1],
+		Secret:          s.instance.Secret(),
+		Journal:         s.instance.Journal(),
+		SourcePortFirst: s.ports[0],
+		SourcePortLast:  s.ports[1],
 		SourcePortsOwn:  s.o.sourcePorts,
 		Log:             s.log,
 	}
-	_, _ = rand.Read(o.Secret[:]) // never fails
 	for i, queue := range s.instance.TapQueues() {
 		o.Rings = append(o.Rings, s.instance.Ring(i))
 		o.QuietRings = append(o.QuietRings, s.instance.QuietRing(i))
@@ -154,13 +177,13 @@ func engineHop(h loader.NextHop) engine.Hop {
 	return engine.Hop{Index: h.Index, MTU: h.MTU, Source: h.Source}
 }
 
-func listenerSpecs(c *config.Config) []loader.ListenerSpec {
+func listenerSpecs(c *config.Config, plan *engine.Plan) []loader.ListenerSpec {
 	unknown := map[config.ActionKind]uint8{
 		config.Reset: maps.UnknownFlowReset, config.Pass: maps.UnknownFlowPass, config.Drop: maps.UnknownFlowDrop,
 	}[c.UnknownFlow]
 	var specs []loader.ListenerSpec
 	for _, l := range c.Listeners {
-		specs = append(specs, loader.ListenerSpec{ID: uint16(l.Index + 1), Addr: l.Addr, UnknownFlow: unknown})
+		specs = append(specs, loader.ListenerSpec{ID: plan.ListenerID(l), Addr: l.Addr, UnknownFlow: unknown})
 	}
 	return specs
 }
@@ -170,6 +193,7 @@ func (s *server) run(signals <-chan os.Signal) error {
 	ctx, stop := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
 	defer parts.Wait()
+	defer s.endReloads()
 	defer stop()
 	start := func(part func(context.Context) error) {
 		parts.Go(func() { s.failed <- part(ctx) })
@@ -178,12 +202,28 @@ func (s *server) run(signals <-chan os.Signal) error {
 	start(s.engine.Run)
 	start(s.instance.Run)
 	start(s.watchPressure)
+	start(s.watchdog)
+	start(s.followReloads)
 	start(func(ctx context.Context) error { return api.Serve(ctx, s.socket, s.handlers(), s.log) })
 	if err := s.instance.Attach(); err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
+	s.dropPrivileges()
 	s.announce()
 	return s.wait(signals)
+}
+
+// dropPrivileges keeps what the rest of the daemon's life needs. Root is refused then what
+// belongs to others.
+func (s *server) dropPrivileges() {
+	for _, p := range loader.DropPrivileges() {
+		s.log.Warn(p.What, "remedy", p.Remedy)
+	}
+	dir := filepath.Dir(s.socket.Addr().String())
+	if err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+		s.log.Warn("the socket will not be removed at the end, as its directory is another user's", "directory", dir, "error", err,
+			"remedy", "choose a directory of root's by --api")
+	}
 }
 
 // announce says that the daemon steers.
@@ -211,12 +251,17 @@ func (s *server) wait(signals <-chan os.Signal) error {
 			return partError(err)
 		case <-s.asked:
 			s.log.Info("asked to detach")
+			s.leave = false
 			return s.drain(signals)
 		case sig := <-signals:
-			if !s.minor(sig) {
-				s.log.Info("ending", "signal", sig.String())
-				return s.drain(signals)
+			if s.minor(sig) {
+				continue
 			}
+			s.log.Info("ending", "signal", sig.String(), "on_exit", s.o.onExit)
+			if s.leave {
+				return s.quiesce(signals)
+			}
+			return s.drain(signals)
 		}
 	}
 }
@@ -225,7 +270,10 @@ func (s *server) wait(signals <-chan os.Signal) error {
 func (s *server) minor(sig os.Signal) bool {
 	switch sig {
 	case syscall.SIGHUP:
-		s.log.Warn("reload not supported yet: start snilb again to read the file")
+		select {
+		case s.hangups <- struct{}{}:
+		default: // one that has not begun will do
+		}
 	case syscall.SIGUSR1:
 		s.log.Info("no log file to open again")
 	default:
@@ -272,10 +320,35 @@ func (s *server) drain(signals <-chan os.Signal) error {
 	return nil
 }
 
+// quiesce takes what is being set up to its end, as far as another daemon could not.
+func (s *server) quiesce(signals <-chan os.Signal) error {
+	s.ready.Store(false)
+	s.notify(daemon.SdNotifyStopping)
+	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.engine.Quiesce(ctx) }()
+	for {
+		select {
+		case err := <-s.failed:
+			return partError(err)
+		case err := <-done:
+			if err != nil {
+				s.log.Warn("connections that were being set up are left behind", "error", err)
+			}
+			return nil
+		case sig := <-signals:
+			if !s.minor(sig) {
+				return nil
+			}
+		}
+	}
+}
+
 func (s *server) handlers() api.Handlers {
 	return api.Handlers{
 		Status: func() (any, error) { return s.status() },
-		Config: func() (any, error) { return summarize(s.config), nil },
+		Config: func() (any, error) { return summarize(s.config.Load()), nil },
 		Flows: func() (iter.Seq[any], error) {
 			flows, err := s.engine.Flows()
 			return func(yield func(any) bool) {
@@ -286,6 +359,7 @@ func (s *server) handlers() api.Handlers {
 				}
 			}, err
 		},
+		Reload: s.reload,
 		Detach: func() {
 			select {
 			case s.asked <- struct{}{}:
@@ -296,10 +370,11 @@ func (s *server) handlers() api.Handlers {
 }
 
 func (s *server) status() (statusDocument, error) {
+	c := s.config.Load()
 	d := statusDocument{
 		Name: s.o.name, PID: os.Getpid(), Version: version(), Uptime: time.Since(s.started).Round(time.Millisecond).Seconds(),
-		Ready: s.ready.Load(), Draining: s.draining.Load(), Routes: s.config.File, Listeners: summarizeListeners(s.config),
-		Interfaces: []interfaceStatus{}, Pools: summarizePools(s.config), Engine: s.engine.Status(),
+		Ready: s.ready.Load(), Draining: s.draining.Load(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
+		Interfaces: []interfaceStatus{}, Pools: summarizePools(c), Engine: s.engine.Status(),
 	}
 	for _, i := range s.instance.Interfaces() {
 		packets, err := s.instance.Tables().Packets(i.Slot)

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,11 +14,16 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"snilb/loader"
-	"snilb/userspace/api"
 )
 
-// gonePoll is how often detach looks whether the daemon has ended.
-const gonePoll = 50 * time.Millisecond
+const (
+	// gonePoll is how often detach looks whether the daemon has ended.
+	gonePoll = 50 * time.Millisecond
+	// forceAnswer is how long --force waits for an answer, and forceEnd for the end: somewhat longer than the default
+	// drain timeout.
+	forceAnswer = 5 * time.Second
+	forceEnd    = defaultDrainTimeout + 5*time.Second
+)
 
 func detachCommand() *cli.Command {
 	return &cli.Command{
@@ -27,8 +31,12 @@ func detachCommand() *cli.Command {
 		Usage:     "Take snilb off interfaces",
 		ArgsUsage: "IFACE... | --all",
 		Description: "Asks the daemon to end, and waits until it has. Where the daemon is dead, what it left is removed,\n" +
-			"and its connections with it.",
-		Flags:        clientFlags(&cli.BoolFlag{Name: "all", Usage: "every instance here, or all of --name"}),
+			"and its connections with it. A daemon that does not let go in time, or does not answer at all, is killed\n" +
+			"with --force, and then is dead.",
+		Flags: clientFlags(
+			&cli.BoolFlag{Name: "all", Usage: "every instance here, or all of --name"},
+			&cli.BoolFlag{Name: "force", Usage: "kill a daemon that does not let go within 15 s"},
+		),
 		OnUsageError: usageError,
 		Action:       detachAction,
 	}
@@ -47,7 +55,7 @@ func detachAction(c *cli.Context) error {
 		}
 	}
 	d := &detacher{
-		socket: c.String("api"), out: c.App.Writer,
+		socket: c.String("api"), force: c.Bool("force"), out: c.App.Writer,
 		log: newLogger(c.App.ErrWriter, false),
 	}
 	if all {
@@ -58,6 +66,7 @@ func detachAction(c *cli.Context) error {
 
 type detacher struct {
 	socket string // "": where the instance's name puts it
+	force  bool
 	out    io.Writer
 	log    *slog.Logger
 }
@@ -102,7 +111,7 @@ func (d *detacher) interfaces(ctx context.Context, ifaces []string, only string)
 		}
 	}
 	for _, name := range names {
-		if err := d.wholly(ctx, name, ifaces); err != nil {
+		if err := wholly(name, ifaces); err != nil {
 			return err
 		}
 	}
@@ -115,25 +124,14 @@ func (d *detacher) interfaces(ctx context.Context, ifaces []string, only string)
 
 // wholly returns an error if a living instance has interfaces that were not named:
 // it can only go as a whole.
-func (d *detacher) wholly(ctx context.Context, name string, named []string) error {
-	client, err := clientOf(name, d.socket)
+func wholly(name string, named []string) error {
+	_, has, err := loader.Held(name) // none by a dead one: what it left is of no use in part
 	if err != nil {
 		return err
 	}
-	raw, err := client.Status(ctx)
-	if errors.Is(err, api.ErrNoDaemon) {
-		return nil // what a dead one left is of no use in part
-	}
-	if err != nil {
-		return err
-	}
-	var s statusDocument
-	if err := json.Unmarshal(raw, &s); err != nil {
-		return fmt.Errorf("read the daemon's answer: %w", err)
-	}
-	for _, i := range s.Interfaces {
-		if i.Role == string(loader.RoleClient) && !slices.Contains(named, i.Name) {
-			return fmt.Errorf("instance %s also has %s, and can only be detached as a whole: name all of its interfaces, or use --all --name %s", name, i.Name, name)
+	for _, iface := range has {
+		if !slices.Contains(named, iface) {
+			return fmt.Errorf("instance %s also has %s, and can only be detached as a whole: name all of its interfaces, or use --all --name %s", name, iface, name)
 		}
 	}
 	return nil
@@ -146,25 +144,53 @@ func (d *detacher) instance(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if pid == 0 {
-		if err := loader.Detach(name, d.log); err != nil {
+	if pid != 0 {
+		err := d.ask(ctx, name, pid)
+		if err == nil {
+			_, _ = fmt.Fprintf(d.out, "detached instance %s\n", name)
+			return nil
+		}
+		if ctx.Err() != nil {
 			return err
 		}
-		_, _ = fmt.Fprintf(d.out, "removed what instance %s had left\n", name)
-		return nil
+		if !d.force {
+			return fmt.Errorf("%w; process %d has the instance: --force kills it, and removes what it leaves, with its connections", err, pid)
+		}
+		d.log.Warn("the daemon does not let go: killing it", "instance", name, "pid", pid, "error", err)
+		ctx, cancel := context.WithTimeout(ctx, forceEnd)
+		defer cancel()
+		if now, err := loader.Running(name); err != nil || now != 0 {
+			err = errors.Join(err, loader.Kill(ctx, name))
+			if err != nil {
+				return err
+			}
+		}
 	}
+	if err := loader.Detach(name, d.log); err != nil {
+		return err
+	}
+	_, _ = fmt.Fprintf(d.out, "removed what instance %s had left\n", name)
+	return nil
+}
+
+// ask has a daemon let go and waits until it has; with --force not for long.
+func (d *detacher) ask(ctx context.Context, name string, pid int) error {
 	client, err := clientOf(name, d.socket)
 	if err != nil {
 		return err
 	}
-	if err := client.Detach(ctx); err != nil {
+	answer, end := ctx, ctx
+	if d.force {
+		var cancel context.CancelFunc
+		answer, cancel = context.WithTimeout(ctx, forceAnswer)
+		defer cancel()
+		end, cancel = context.WithTimeout(ctx, forceEnd)
+		defer cancel()
+	}
+	if err := client.Detach(answer); err != nil {
 		return noDaemon(name, err)
 	}
-	if err := waitGone(ctx, name, pid); err != nil {
-		return err
-	}
-	_, _ = fmt.Fprintf(d.out, "detached instance %s\n", name)
-	return nil
+	return waitGone(end, name, pid)
 }
 
 // waitGone waits for the daemon's end, as long as its drain timeout makes it.

@@ -23,8 +23,8 @@ func main() {
 
 func newApp() *cli.App {
 	commands := []*cli.Command{
-		attachCommand(), detachCommand(), checkCommand(), explainCommand(),
-		statusCommand(), flowsCommand(), configCommand(), benchCommand(), versionCommand(),
+		attachCommand(), detachCommand(), doctorCommand(), checkCommand(), explainCommand(),
+		reloadCommand(), statusCommand(), flowsCommand(), configCommand(), benchCommand(), versionCommand(), docsCommand(),
 	}
 	return &cli.App{
 		Name:            "snilb",

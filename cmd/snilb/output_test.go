@@ -7,13 +7,16 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"snilb/maps"
 	"snilb/userspace/config"
+	"snilb/userspace/engine"
 )
 
 func source(objects ...string) flowSource {
@@ -55,7 +58,7 @@ func TestPrintFlows(t *testing.T) {
 }
 
 func TestPrintStatus(t *testing.T) {
-	raw := json.RawMessage(`{"name":"edge","pid":7,"version":"v1","uptime_seconds":61.2,"ready":true,"routes":"r.yaml",` +
+	raw := json.RawMessage(`{"name":"edge","pid":7,"version":"v1","uptime_seconds":61.2,"ready":true,"routes":"r.yaml","reload":{"ok":false,"at":"2026-01-02T03:04:05Z","error":"r.yaml:1:2: bad\nr.yaml:2:2: worse"},` +
 		`"listeners":[{"name":":443"}],"interfaces":[{"name":"eth0","role":"xdp","mode":"xdp","hook":"xdp","packets":{"pass/not_tcp":3,"pass/left_frame":1,"answer/syn":5}},` +
 		`{"name":"eth0","role":"client","mode":"tc","hook":"tcx","packets":{"pass/not_tcp":2,"answer/syn":1}}],` +
 		`"pools":[{"name":"p","balance":"maglev","backends":[{"name":"b","address":"192.0.2.2:443","weight":1}]}],` +
@@ -63,6 +66,7 @@ func TestPrintStatus(t *testing.T) {
 	want := `instance   edge (pid 7, version v1)
 state      ready for 1m1s
 routes     r.yaml
+           reload failed at %s, the earlier ones are in force: r.yaml:1:2: bad (and more)
 listener   :443
 interface  eth0 xdp, xdp by xdp: took 5 packets, passed 4
            answer/syn 5
@@ -77,6 +81,7 @@ decisions  count 2  pool p
 flows      10000000
 hellos ok  2
 `
+	want = fmt.Sprintf(want, time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC).Local().Format(time.DateTime))
 	var out bytes.Buffer
 	err := printStatus(&out, "table", raw)
 	if d := cmp.Diff(want, out.String()); d != "" || err != nil {
@@ -106,7 +111,11 @@ func TestSummarize(t *testing.T) {
 	if diff := cmp.Diff(map[string]int{"a": 3, "b": 1}, d.Routes[2].Pools); diff != "" {
 		t.Error(diff)
 	}
-	specs := listenerSpecs(c)
+	plan, err := engine.NewPlan(c, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	specs := listenerSpecs(c, plan)
 	if len(specs) != 2 || specs[0].ID != 1 || specs[1].ID != 2 || specs[1].Addr.String() != "192.0.2.20:443" || specs[0].UnknownFlow != maps.UnknownFlowReset {
 		t.Errorf("%+v", specs)
 	}

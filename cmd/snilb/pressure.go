@@ -14,10 +14,16 @@ import (
 // without it, and so the most often that it says so.
 const pressurePoll = 3 * time.Second
 
-// pressures are the reasons that tell of an engine that does not keep up.
+// pressures are the reasons that tell of an engine that does not keep up, or did not for a
+// while: who is stopped, or dead, hears of it when it is back.
 var pressures = map[string]string{
 	"ring_busy":  "new connections go to the stack, as the engine does not keep up: give it more --workers or a faster CPU",
 	"event_lost": "packets for the engine are lost, and sent again by their senders: give it more --workers or a faster CPU",
+	"late_hold":  "new connections had to wait, as the daemon gave no sign of life and its ring was full",
+
+	"daemon_dead": "new connections went to the stack while the daemon was taken for dead (--dead-after)",
+	"dead_reset":  "new connections were refused while the daemon was taken for dead (--dead-after)",
+	"dead_hold":   "new connections had to wait while the daemon was taken for dead (--dead-after)",
 }
 
 // pressure compares the kernel programs' counters with what they were.

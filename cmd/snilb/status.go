@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	stdmaps "maps"
@@ -22,6 +23,9 @@ func statusCommand() *cli.Command {
 	return reader("status", "Say whether the daemon steers, where, and what it has done", formatTable,
 		func(c *cli.Context, format string, client *api.Client) error {
 			raw, err := client.Status(c.Context)
+			if errors.Is(err, api.ErrNoDaemon) {
+				return statusOfDead(c.App.Writer, format, c.String("name"), err)
+			}
 			if err != nil {
 				return err
 			}
@@ -38,11 +42,32 @@ type statusDocument struct {
 	Ready      bool              `json:"ready"`
 	Draining   bool              `json:"draining"`
 	Routes     string            `json:"routes"` // the file
+	Reload     *reloadStatus     `json:"reload"` // when it was read last
 	Listeners  []listenerSummary `json:"listeners"`
 	Interfaces []interfaceStatus `json:"interfaces"`
 	Pools      []poolSummary     `json:"pools"`
 	// Engine is engine.Status, which the table prints without knowing it.
 	Engine any `json:"engine"`
+}
+
+// reloadStatus is how it went to read the file; the start counts as the first time.
+type reloadStatus struct {
+	OK    bool      `json:"ok"`
+	At    time.Time `json:"at"`
+	Error string    `json:"error,omitempty"` // a line a problem
+}
+
+// String is one line.
+func (r *reloadStatus) String() string {
+	at := r.At.Local().Format(time.DateTime)
+	if r.OK {
+		return "read at " + at
+	}
+	first, rest, _ := strings.Cut(r.Error, "\n")
+	if rest != "" {
+		first += " (and more)"
+	}
+	return fmt.Sprintf("reload failed at %s, the earlier ones are in force: %s", at, first)
 }
 
 type interfaceStatus struct {
@@ -51,6 +76,7 @@ type interfaceStatus struct {
 	Mode    string            `json:"mode"`
 	Hook    string            `json:"hook"`    // tcx, clsact or xdp
 	Packets map[string]uint64 `json:"packets"` // by action/reason
+	Gone    bool              `json:"gone,omitempty"`
 }
 
 // taken sums what a program finished itself, and what it left to the next one.
@@ -102,16 +128,13 @@ func printStatusTable(out io.Writer, raw json.RawMessage, s *statusDocument) err
 	_, _ = fmt.Fprintf(w, "instance\t%s (pid %d, version %s)\n", s.Name, s.PID, s.Version)
 	_, _ = fmt.Fprintf(w, "state\t%s for %s\n", s.state(), time.Duration(s.Uptime*float64(time.Second)).Round(time.Second))
 	_, _ = fmt.Fprintf(w, "routes\t%s\n", s.Routes)
+	if s.Reload != nil {
+		_, _ = fmt.Fprintf(w, "\t%s\n", s.Reload)
+	}
 	for _, l := range s.Listeners {
 		_, _ = fmt.Fprintf(w, "listener\t%s\n", l.Name)
 	}
-	for _, i := range s.Interfaces {
-		finished, passed := i.taken()
-		_, _ = fmt.Fprintf(w, "interface\t%s %s, %s by %s: took %d packets, passed %d\n", i.Name, i.Role, i.Mode, i.Hook, finished, passed)
-		for _, reason := range slices.Sorted(stdmaps.Keys(i.Packets)) {
-			_, _ = fmt.Fprintf(w, "\t%s %d\n", reason, i.Packets[reason])
-		}
-	}
+	printInterfaces(w, s.Interfaces)
 	for _, p := range s.Pools {
 		_, _ = fmt.Fprintf(w, "pool\t%s, %s\n", p.Name, p.Balance)
 		for _, b := range p.Backends {
@@ -122,4 +145,21 @@ func printStatusTable(out io.Writer, raw json.RawMessage, s *statusDocument) err
 		writeTree(w, "", object["engine"])
 	}
 	return w.Flush()
+}
+
+func printInterfaces(w io.Writer, all []interfaceStatus) {
+	for _, i := range all {
+		what := fmt.Sprintf("%s %s, %s by %s", i.Name, i.Role, i.Mode, i.Hook)
+		if i.Gone {
+			what += ", gone"
+		}
+		if i.Packets != nil {
+			finished, passed := i.taken()
+			what += fmt.Sprintf(": took %d packets, passed %d", finished, passed)
+		}
+		_, _ = fmt.Fprintf(w, "interface\t%s\n", what)
+		for _, reason := range slices.Sorted(stdmaps.Keys(i.Packets)) {
+			_, _ = fmt.Fprintf(w, "\t%s %d\n", reason, i.Packets[reason])
+		}
+	}
 }

@@ -25,8 +25,14 @@ func versionCommand() *cli.Command {
 	}
 }
 
-// version is the module's version, or the commit of a build from the tree.
+// release is set by the linker (scripts/build-static.sh) in what is handed out.
+var release string
+
+// version is the release, the module's version, or the commit of a build from the tree.
 func version() string {
+	if release != "" {
+		return release
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"

@@ -248,6 +248,8 @@ type splitter struct {
 	net.Conn
 	size  int
 	pause time.Duration
+	// between is called once behind the first piece. Optional.
+	between func()
 }
 
 func (s *splitter) Write(p []byte) (int, error) {
@@ -256,6 +258,10 @@ func (s *splitter) Write(p []byte) (int, error) {
 			return off + n, err
 		}
 		time.Sleep(s.pause)
+		if s.between != nil {
+			s.between()
+			s.between = nil
+		}
 	}
 	return len(p), nil
 }

@@ -17,6 +17,7 @@ type counters struct {
 		Flows      int               `json:"flows"`
 		HalfOpen   int               `json:"half_open"`
 		HelloBytes int64             `json:"hello_bytes"`
+		Adopted    int               `json:"adopted"`
 		Hellos     map[string]uint64 `json:"hellos"`
 		Events     map[string]uint64 `json:"events"`
 		Closed     map[string]uint64 `json:"closed"`

@@ -41,6 +41,7 @@ type daemon struct {
 	t    *testing.T
 	bed  *testbed.Bed
 	name string // --name: unique, as instances share /sys/fs/bpf and /run
+	file string // --routes
 
 	cmd    *exec.Cmd
 	stderr *lines
@@ -72,15 +73,21 @@ func attach(t *testing.T, bed *testbed.Bed, routes string, args ...string) *daem
 // start runs `snilb attach` and does not wait for it.
 func start(t *testing.T, bed *testbed.Bed, name string, ifaces []string, routes string, args ...string) *daemon {
 	t.Helper()
+	return startBy(t, bed, (*exec.Cmd).Start, name, ifaces, routes, args...)
+}
+
+// startBy is start with something else that starts the command.
+func startBy(t *testing.T, bed *testbed.Bed, begin func(*exec.Cmd) error, name string, ifaces []string, routes string, args ...string) *daemon {
+	t.Helper()
 	need(t, "the snilb binary", binaryErr)
 	needBPFFS(t)
 	file := filepath.Join(t.TempDir(), "routes.yaml")
 	must(t, os.WriteFile(file, []byte(routes), 0o644))
 	argv := slices.Concat([]string{"attach"}, ifaces, []string{"--routes", file, "--name", name, "--mode", *mode}, args)
-	d := &daemon{t: t, bed: bed, name: name, stderr: newLines(), exited: make(chan struct{})}
+	d := &daemon{t: t, bed: bed, name: name, file: file, stderr: newLines(), exited: make(chan struct{})}
 	d.cmd = bed.LB.Command(context.Background(), binary, argv...)
 	d.cmd.Stderr = d.stderr
-	must(t, d.cmd.Start())
+	must(t, begin(d.cmd))
 	go d.wait()
 	t.Cleanup(func() {
 		if !d.hasExited() {
@@ -226,10 +233,13 @@ func leftovers(t *testing.T, bed *testbed.Bed, name string) []string {
 		return nil
 	}))
 	left = append(left, pinsOf(name)...)
-	if _, err := os.Lstat(filepath.Join(socketDir, name+".sock")); err == nil {
-		left = append(left, "socket of "+name)
-	}
-	return left
+	return append(left, socketsOf(name)...)
+}
+
+// socketsOf lists an instance's, behind whose name stands that of its network namespace.
+func socketsOf(name string) []string {
+	sockets, _ := filepath.Glob(filepath.Join(socketDir, name+"@*.sock*"))
+	return sockets
 }
 
 func leftOnLink(l netlink.Link) []string {

@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
+
+	"github.com/vishvananda/netlink"
 )
 
 // Topology says how the namespaces are joined; the package comment has the drawings.
@@ -497,4 +500,42 @@ func bits(p netip.Prefix, addrs ...netip.Addr) []netip.Prefix {
 		out = append(out, netip.PrefixFrom(a, p.Bits()))
 	}
 	return out
+}
+
+// Unplug deletes an interface of the load balancer and the far end of its cable, with their addresses and routes.
+func (b *Bed) Unplug(dev string) error {
+	return b.LB.withLink(dev, func(h *netlink.Handle, link netlink.Link) error { return h.LinkDel(link) })
+}
+
+// Plug makes an interface again that Unplug has deleted, as New made it. Only for Routed and TwoUplinks.
+func (b *Bed) Plug(dev string) error {
+	for _, l := range b.legs() {
+		if l.lbDev != dev {
+			continue
+		}
+		return errors.Join(b.connect(l), b.waitLink(dev))
+	}
+	return fmt.Errorf("no leg has %s", dev)
+}
+
+// waitLink waits until the kernel has brought up one interface of the load balancer.
+func (b *Bed) waitLink(dev string) error {
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		waiting, err := b.LB.notUp()
+		if err != nil || !slices.Contains(waiting, b.LB.Name+"/"+dev) {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("interface %s is not up", dev)
+		}
+	}
+}
+
+// SecondPath is a further cable between the load balancer and the backends, with a network of its own on which each has the
+// first and the second address. It is the load balancer's eth3 and the backends' eth1.
+func (b *Bed) SecondPath() (net4, net6 netip.Prefix, err error) {
+	net4, net6 = netip.MustParsePrefix("192.0.3.0/24"), netip.MustParsePrefix("2001:db8:5::/64")
+	err = b.connect(leg{lbDev: "eth3", far: b.Backend, farDev: "eth1", mtu: b.opts.BackendMTU, net4: net4, net6: net6,
+		far4: []netip.Addr{nth(net4, 2)}, far6: []netip.Addr{nth(net6, 2)}})
+	return net4, net6, errors.Join(err, b.waitLink("eth3"))
 }

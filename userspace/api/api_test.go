@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -23,7 +24,7 @@ import (
 func serve(t *testing.T, h Handlers) (path string, stop func()) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "x.sock")
-	l, err := Listen(path)
+	l, err := Listen(path, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,12 +60,13 @@ func collect(t *testing.T, c *Client) string {
 }
 
 func TestObjects(t *testing.T) {
-	detached := 0
+	detached, reloads, refused := 0, 0, error(nil)
 	path, _ := serve(t, Handlers{
 		Status: func() (any, error) { return map[string]int{"flows": 3}, nil },
 		Config: func() (any, error) { return nil, errors.New("no file") },
 		Flows:  flowsOf(1, "two"),
 		Detach: func() { detached++ },
+		Reload: func() error { reloads++; return refused },
 	})
 	c := NewClient("x", path)
 	raw, err := c.Status(t.Context())
@@ -76,6 +78,14 @@ func TestObjects(t *testing.T) {
 	}
 	if err := c.Detach(t.Context()); err != nil || detached != 1 {
 		t.Errorf("detach: %v, called %d times", err, detached)
+	}
+	if err := c.Reload(t.Context()); err != nil || reloads != 1 {
+		t.Errorf("reload: %v, called %d times", err, reloads)
+	}
+	refused = errors.New("r.yaml:1:2: one\nr.yaml:3:4: two")
+	var refusal *Refusal
+	if err := c.Reload(t.Context()); !errors.As(err, &refusal) || err.Error() != refused.Error() {
+		t.Errorf("refused reload: %v", err)
 	}
 	if got := collect(t, c); got != `1 "two"` {
 		t.Errorf("flows: %s", got)
@@ -157,7 +167,7 @@ func TestSocket(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v", info.Mode(), err)
 	}
-	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "another process listens on "+path) {
+	if _, err := Listen(path, nil); err == nil || !strings.Contains(err.Error(), "another process listens on "+path) {
 		t.Errorf("a second daemon: %v", err)
 	}
 	stop()
@@ -165,7 +175,7 @@ func TestSocket(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 	abandon(t, path)
-	l, err := Listen(path)
+	l, err := Listen(path, nil)
 	if err != nil {
 		t.Fatalf("a dead daemon's socket is in the way: %v", err)
 	}
@@ -175,7 +185,41 @@ func TestSocket(t *testing.T) {
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "is no socket") {
+	if _, err := Listen(path, nil); err == nil || !strings.Contains(err.Error(), "is no socket") {
 		t.Errorf("a file: %v", err)
+	}
+}
+
+func TestOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this test must run here, and needs root")
+		}
+		t.Skip("only root gives files away")
+	}
+	for _, c := range []struct {
+		owner Owner
+		gid   int
+		mode  os.FileMode
+	}{
+		{Owner{UID: 12345, GID: -1}, os.Getegid(), 0o600},
+		{Owner{UID: 12345, GID: 54321}, 54321, 0o660},
+	} {
+		path := filepath.Join(t.TempDir(), "x.sock")
+		l, err := Listen(path, &c.owner)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		has := info.Sys().(*syscall.Stat_t)
+		if int(has.Uid) != c.owner.UID || int(has.Gid) != c.gid || info.Mode().Perm() != c.mode {
+			t.Errorf("%+v: owner %d:%d, mode %v, want mode %v", c.owner, has.Uid, has.Gid, info.Mode(), c.mode)
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

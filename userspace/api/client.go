@@ -19,7 +19,12 @@ import (
 // ErrNoDaemon says that nobody listens on the socket.
 var ErrNoDaemon = errors.New("no daemon")
 
-// answerTimeout bounds a whole request, but for the list of flows.
+// Refusal is the error of a daemon that was asked for what it cannot do: its own words.
+type Refusal struct{ Text string }
+
+func (e *Refusal) Error() string { return e.Text }
+
+// answerTimeout bounds a whole request, but for the list of flows and a reload.
 const answerTimeout = 10 * time.Second
 
 // Client talks to one daemon. It is safe for concurrent use.
@@ -47,17 +52,24 @@ func NewClient(name, socket string) *Client {
 // Status returns the daemon's status. Like every method it returns an error that
 // is ErrNoDaemon if there is none.
 func (c *Client) Status(ctx context.Context) (json.RawMessage, error) {
-	return c.object(ctx, http.MethodGet, pathStatus)
+	return c.object(ctx, answerTimeout, http.MethodGet, pathStatus)
 }
 
 // Config returns the configuration that the daemon works by.
 func (c *Client) Config(ctx context.Context) (json.RawMessage, error) {
-	return c.object(ctx, http.MethodGet, pathConfig)
+	return c.object(ctx, answerTimeout, http.MethodGet, pathConfig)
 }
 
 // Detach asks the daemon to let go, and does not wait until it has.
 func (c *Client) Detach(ctx context.Context) error {
-	_, err := c.object(ctx, http.MethodPost, pathDetach)
+	_, err := c.object(ctx, answerTimeout, http.MethodPost, pathDetach)
+	return err
+}
+
+// Reload has the daemon read its routes again, and returns when they are in force. Its
+// error is a Refusal if they are not, and nothing has changed.
+func (c *Client) Reload(ctx context.Context) error {
+	_, err := c.object(ctx, writeTimeout, http.MethodPost, pathReload)
 	return err
 }
 
@@ -86,8 +98,8 @@ func (c *Client) Flows(ctx context.Context, each func(json.RawMessage) error) (e
 	}
 }
 
-func (c *Client) object(ctx context.Context, method, path string) (_ json.RawMessage, err error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+func (c *Client) object(ctx context.Context, timeout time.Duration, method, path string) (_ json.RawMessage, err error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	body, err := c.ask(ctx, method, path)
 	if err != nil {
@@ -118,6 +130,8 @@ func (c *Client) ask(ctx context.Context, method, path string) (io.ReadCloser, e
 	var f failure
 	if json.NewDecoder(response.Body).Decode(&f) != nil || f.Error == "" {
 		f.Error = response.Status + ": is it another version of snilb?"
+	} else if response.StatusCode == http.StatusUnprocessableEntity {
+		return nil, errors.Join(&Refusal{f.Error}, response.Body.Close())
 	}
 	return nil, errors.Join(fmt.Errorf("daemon %s: %s", c.name, f.Error), response.Body.Close())
 }

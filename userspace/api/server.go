@@ -22,6 +22,7 @@ const (
 	pathFlows  = "/v1/flows"
 	pathConfig = "/v1/config"
 	pathDetach = "/v1/detach"
+	pathReload = "/v1/reload"
 
 	jsonType  = "application/json"
 	linesType = "application/jsonl"
@@ -40,11 +41,18 @@ type Handlers struct {
 	Flows  func() (iter.Seq[any], error)
 	Config func() (any, error)
 	Detach func()
+	Reload func() error // its error is for people, as it stands
 }
 
-// Listen opens the socket, for its owner alone. It takes the place of a socket
-// that nobody listens on any more, but of nothing else.
-func Listen(path string) (net.Listener, error) {
+// Owner is whom a socket belongs to.
+type Owner struct {
+	UID int
+	GID int // its members may use it too; -1: nobody but the user
+}
+
+// Listen opens the socket, for its owner alone: this process' user if owner is nil. It
+// takes the place of a socket that nobody listens on any more, but of nothing else.
+func Listen(path string, owner *Owner) (net.Listener, error) {
 	if err := refuseUsed(path); err != nil {
 		return nil, err
 	}
@@ -58,7 +66,7 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("listen for commands: %w", err)
 	}
 	l.SetUnlinkOnClose(false) // it knows the first name only
-	err = os.Chmod(building, 0o600)
+	err = give(building, owner)
 	if err == nil {
 		err = os.Rename(building, path)
 	}
@@ -66,6 +74,17 @@ func Listen(path string) (net.Listener, error) {
 		return nil, errors.Join(fmt.Errorf("listen for commands: %w", err), l.Close(), os.Remove(building))
 	}
 	return &socket{Listener: l, path: path}, nil
+}
+
+// give sets a socket's owner and mode, closed to all others at every moment.
+func give(path string, owner *Owner) error {
+	if err := os.Chmod(path, 0o600); err != nil || owner == nil {
+		return err
+	}
+	if err := os.Chown(path, owner.UID, owner.GID); err != nil || owner.GID < 0 {
+		return err
+	}
+	return os.Chmod(path, 0o660)
 }
 
 // refuseUsed returns an error if what is at path is not ours to replace.
@@ -150,6 +169,13 @@ func handler(h Handlers) http.Handler {
 		h.Detach()
 		w.WriteHeader(http.StatusAccepted)
 	})
+	mux.HandleFunc("POST "+pathReload, func(w http.ResponseWriter, _ *http.Request) {
+		if err := h.Reload(); err != nil {
+			refuseWith(w, http.StatusUnprocessableEntity, err)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
 	return mux
 }
 
@@ -170,8 +196,12 @@ type failure struct {
 }
 
 func refuse(w http.ResponseWriter, err error) {
+	refuseWith(w, http.StatusInternalServerError, err)
+}
+
+func refuseWith(w http.ResponseWriter, status int, err error) {
 	w.Header().Set("Content-Type", jsonType)
-	w.WriteHeader(http.StatusInternalServerError)
+	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(failure{err.Error()})
 }
 

@@ -75,6 +75,11 @@ func (l *Listener) TakesProxy(addr netip.Addr) bool {
 	return false
 }
 
+// Takes says whether connections to an address and port are the listener's.
+func (l *Listener) Takes(to netip.AddrPort) bool {
+	return l.Addr.Port() == to.Port() && (l.EveryAddress() || l.Addr.Addr().IsUnspecified() || l.Addr.Addr().Unmap().WithZone("") == to.Addr())
+}
+
 // EveryAddress says that the listener takes every address of both families.
 func (l *Listener) EveryAddress() bool {
 	return !l.Addr.Addr().IsValid()

@@ -193,6 +193,19 @@ func TestTakesProxy(t *testing.T) {
 	}
 }
 
+func TestTakes(t *testing.T) {
+	c := mustParse(t, "version: 1\nlisten: [\":443\", \"192.0.2.9:8443\", \"[fe80::1]:8443\"]\npools: {a: {backends: 192.0.2.1:443}}\nroutes: {sni: example.com, pool: a}\n")
+	for to, want := range map[string]int{
+		"198.51.100.1:443": 0, "[2001:db8::1]:443": 0, "192.0.2.9:8443": 1, "[fe80::1]:8443": 2, "192.0.2.8:8443": -1, "192.0.2.9:80": -1,
+	} {
+		for i, l := range c.Listeners {
+			if got := l.Takes(netip.MustParseAddrPort(to)); got != (i == want) {
+				t.Errorf("listener %d takes %s: %v", i, to, got)
+			}
+		}
+	}
+}
+
 func TestDefaults(t *testing.T) {
 	c := mustParse(t, "version: 1\nlisten: \":443\"\npools: {a: {backends: 192.0.2.1:443}}\nroutes: {sni: example.com, pool: a}\n")
 	diff(t, "timeouts", c.Pools[0].Timeouts, DefaultTimeouts)

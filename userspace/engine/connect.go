@@ -62,7 +62,7 @@ func (h *handshake) connect(w *worker) {
 		}
 	}
 	w.log.limited(w.now, "no backend can be reached", "pool", d.poolName())
-	next := w.e.plan.Load().decideNoBackend(*d, h.origin, h.sni)
+	next := h.plan.decideNoBackend(*d, h.origin, h.sni)
 	h.act(w, next)
 }
 

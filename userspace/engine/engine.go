@@ -69,17 +69,20 @@ type Engine struct {
 	workers []*worker
 	secret  pool.Key // of sequence numbers and timestamps, the same until a reboot
 
-	plan    atomic.Pointer[Plan]
-	sources sources
-	peers   peers
-	flows   atomic.Int64 // bound now
-	held    atomic.Int64 // bytes that handshakes hold, themselves included
-	silent  atomic.Bool  // no heartbeat: SYNs go to the stack
-	owned   ownedHellos
-	journal *journal // nil: none
+	plan         atomic.Pointer[Plan]
+	reloading    sync.Mutex  // held while the plan changes
+	beating      sync.Mutex  // held while the kernel is told
+	sourceClient atomic.Bool // as if the plan had it: an earlier one did, or the next one does
+	sources      sources
+	peers        peers
+	flows        atomic.Int64 // bound now
+	held         atomic.Int64 // bytes that handshakes hold, themselves included
+	silent       atomic.Bool  // no heartbeat: SYNs go to the stack
+	beaten       atomic.Int64 // when: CLOCK_MONOTONIC ns
+	owned        ownedHellos
+	journal      *journal // nil: none
 
-	quiescing    atomic.Bool // no new connection is begun
-	sourceClient atomic.Bool // as if the plan had it: that of an earlier daemon did
+	quiescing atomic.Bool // no new connection is begun
 
 	started int64  // CLOCK_MONOTONIC ns
 	adopted int    // flows that an earlier daemon bound

@@ -20,6 +20,9 @@ const (
 	// on most ways (RFC 6298 with Linux's least of 200 ms). Who asks for the last ACK later than that is answered by a
 	// reset, where a new connection would find no port.
 	closedHurry = 300 * time.Millisecond
+	// unheardQuiet is how long a flow must be silent that both sides have ended, where it is not known whether the last FIN was
+	// acknowledged: who still repeats it does so in less, unless all was lost for as long (RFC 6298 5.5).
+	unheardQuiet = 15 * time.Second
 	// outlived is how long after its RST a side that still sends is alive.
 	outlived = 3 * time.Second
 	// resetQuiet is how long a flow must be silent after a RST, which may have
@@ -195,6 +198,9 @@ func (f *flow) outliveReset(now int64, up, down *maps.Entry) bool {
 
 func (f *flow) quietNow(v *way, up, down *maps.Entry) time.Duration {
 	if f.closing.bothFINs() && !f.closing.reset && !f.acknowledged(up, down) {
+		if f.closing.unheard != [2]bool{} {
+			return min(unheardQuiet, v.timeouts.Closing)
+		}
 		return v.timeouts.Closing
 	}
 	return f.quiet(v, true)

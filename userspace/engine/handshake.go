@@ -49,7 +49,8 @@ const (
 type handshake struct {
 	connection
 	timer    uint32 // in worker.timers
-	listener int    // index in the configuration
+	plan     *Plan  // all of the connection is decided by, whatever is reloaded meanwhile
+	listener *config.Listener
 	cookie   uint32 // our initial sequence number on the client leg
 	phase    phase
 
@@ -83,17 +84,18 @@ type handshake struct {
 }
 
 // newHandshake returns nil when a limit is hit: the client repeats its hello.
-func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *handshake {
+func (w *worker) newHandshake(c connection, id uint16, s *packet.Segment) *handshake {
 	plan := w.e.plan.Load()
-	if listener < 0 || listener >= len(plan.config.Listeners) {
-		w.stats.badEvents++
+	listener := plan.listeners[id]
+	if listener == nil || !listener.Takes(c.listener) {
+		w.stats.staleEvents++ // a reload has taken it away since, or a daemon with other numbers read the routes
 		return nil
 	}
 	limits := plan.config.Limits
 	if w.memoryIsFull() {
 		return nil
 	}
-	proxied := plan.config.Listeners[listener].TakesProxy(c.client.Addr())
+	proxied := listener.TakesProxy(c.client.Addr())
 	perSource := limits.HellosPerSource
 	if proxied {
 		perSource = 0 // this address speaks for many
@@ -105,6 +107,7 @@ func (w *worker) newHandshake(c connection, listener int, s *packet.Segment) *ha
 	}
 	h := &handshake{
 		connection: c,
+		plan:       plan,
 		listener:   listener,
 		proxied:    proxied,
 		origin:     c,
@@ -243,7 +246,6 @@ func (w *worker) memoryIsFull() bool {
 
 // examine looks whether the hello is whole, and decides.
 func (h *handshake) examine(w *worker) {
-	plan := w.e.plan.Load()
 	parsed, err := h.parse()
 	switch {
 	case err == nil:
@@ -252,7 +254,7 @@ func (h *handshake) examine(w *worker) {
 		if len(parsed.ALPN) == 1 {
 			h.alpn = parsed.ALPN[0]
 		}
-		h.act(w, plan.decide(h.listener, h.origin, &parsed))
+		h.act(w, h.plan.decide(h.listener, h.origin, &parsed))
 	case errors.Is(err, hello.ErrNeedMore):
 		h.wait(w)
 	case errors.Is(err, hello.ErrNotTLS):
@@ -302,7 +304,7 @@ func (h *handshake) skipProbe(w *worker) bool {
 	h.probed = true
 	// The hello's time begins with the hello.
 	h.started = w.now
-	h.deadline = w.now + int64(w.e.plan.Load().config.Timeouts.Hello)
+	h.deadline = w.now + int64(h.plan.config.Timeouts.Hello)
 	return true
 }
 
@@ -326,7 +328,7 @@ func (h *handshake) noHello(w *worker, err error) {
 	if errors.Is(err, hello.ErrTooLong) {
 		w.log.limited(w.now, "a client's hello is too long", "client", h.client, "error", err)
 	}
-	h.act(w, w.e.plan.Load().decideNotHello(h.origin, err))
+	h.act(w, h.plan.decideNotHello(h.origin, err))
 }
 
 // closed reports whether the client has closed behind the bytes that came.

@@ -102,7 +102,7 @@ func newClient(n int) client {
 
 // sends is payload at an offset from the initial sequence number: the stream begins at 1.
 func (d *desk) sends(c client, offset int, payload []byte, flags uint8) {
-	d.clientSegment(0, &packet.Segment{
+	d.clientSegment(1, &packet.Segment{
 		Src: c.addr, Dst: netip.MustParseAddrPort("203.0.113.1:443"), Seq: c.iss + uint32(offset), Ack: 5001,
 		Flags: packet.ACK | flags, Window: 1000, Payload: payload,
 	})

@@ -53,6 +53,17 @@ func (p *peers) learn(backend netip.AddrPort, offered, said *packet.Options) boo
 	return true
 }
 
+// keep forgets all others.
+func (p *peers) keep(backends map[netip.AddrPort]bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for addr := range p.byAddr {
+		if !backends[addr] {
+			delete(p.byAddr, addr)
+		}
+	}
+}
+
 // announcement is what SYN-ACKs to clients say.
 type announcement struct {
 	mss4, mss6 uint16

@@ -4,6 +4,8 @@ package engine
 
 import (
 	"errors"
+	"fmt"
+	"math"
 	"net/netip"
 
 	"snilb/userspace/config"
@@ -18,36 +20,76 @@ type Plan struct {
 	routes *route.Table
 	pools  *pool.Set
 
+	// listeners are by the ids that the kernel knows them by, which no other listener gets for a long time: what is
+	// queued of one must not be taken for another's.
+	listeners map[uint16]*config.Listener
+	ids       map[netip.AddrPort]uint16
+	lastID    uint16
+
 	sourceClient bool // some pool has it
 }
 
-// NewPlan prepares a configuration. Backends that old has keep their ids; old may
-// be nil.
+// NewPlan prepares a configuration. Backends and listeners that old has keep their
+// ids; old may be nil. Returns an error if the ids run out.
 func NewPlan(c *config.Config, old *Plan) (*Plan, error) {
 	var known map[pool.Identity]uint16
 	if old != nil {
 		known = old.pools.Identities()
 	}
+	return newPlan(c, known, old)
+}
+
+// FirstPlan is the first one of a daemon that comes after another. Backends that the other knew, by KnownIDs, keep their ids, and no
+// others get these.
+func FirstPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
+	return newPlan(c, known, nil)
+}
+
+func newPlan(c *config.Config, known map[pool.Identity]uint16, old *Plan) (*Plan, error) {
 	pools, err := pool.Build(c, known)
 	if err != nil {
 		return nil, err
 	}
 	p := &Plan{config: c, routes: route.New(c), pools: pools}
+	if err := p.numberListeners(old); err != nil {
+		return nil, err
+	}
 	for _, some := range c.Pools {
 		p.sourceClient = p.sourceClient || some.Source.Client
 	}
 	return p, nil
 }
 
-// FirstPlan is the first one of a daemon that comes after another. Backends that the other knew, by KnownIDs, keep their ids, and no
-// others get these.
-func FirstPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
-	pools, err := pool.Build(c, known)
-	if err != nil {
-		return nil, err
+// numberListeners gives each listener the id that its address has in old, or one that was not in use for the longest time.
+func (p *Plan) numberListeners(old *Plan) error {
+	p.listeners, p.ids = make(map[uint16]*config.Listener), make(map[netip.AddrPort]uint16)
+	taken := make(map[uint16]bool)
+	if old != nil {
+		p.lastID = old.lastID
+		for _, id := range old.ids {
+			taken[id] = true
+		}
 	}
-	return NewPlan(c, &Plan{config: c, pools: pools})
+	for _, l := range p.config.Listeners {
+		id := uint16(0)
+		if old != nil {
+			id = old.ids[l.Addr]
+		}
+		if id == 0 {
+			if len(taken) >= math.MaxUint16 {
+				return fmt.Errorf("number the listeners: all %d ids are taken", math.MaxUint16)
+			}
+			for p.lastID++; p.lastID == 0 || taken[p.lastID]; p.lastID++ {
+			}
+			id, taken[p.lastID] = p.lastID, true
+		}
+		p.listeners[id], p.ids[l.Addr] = l, id
+	}
+	return nil
 }
+
+// ListenerID is what the kernel is to know a listener of the configuration by.
+func (p *Plan) ListenerID(l *config.Listener) uint16 { return p.ids[l.Addr] }
 
 // Backends lists the addresses of all backends, each once.
 func (p *Plan) Backends() []netip.AddrPort {
@@ -83,12 +125,12 @@ type decision struct {
 }
 
 // decide routes a hello.
-func (p *Plan) decide(listener int, c connection, h *hello.Hello) decision {
+func (p *Plan) decide(listener *config.Listener, c connection, h *hello.Hello) decision {
 	d := p.routes.Match(route.Query{
 		ServerName: h.ServerName,
 		ALPN:       h.ALPN,
 		Client:     c.client.Addr(),
-		Listener:   listener,
+		Listener:   listener.Index,
 		Hash:       pool.Hash(config.HashFlow, c.client, c.listener, "", pool.Key{}),
 	})
 	out := decision{route: d.Route, reason: reasonMatched, action: d.Action.Kind}

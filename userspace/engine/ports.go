@@ -84,6 +84,16 @@ func (p *ports) scarce() bool {
 	return 2*(p.unused()+p.free.len()+p.resting.len()) < p.all
 }
 
+// idle reports whether nobody has a port, and none rests.
+func (p *ports) idle(now int64) bool {
+	for i := range p.resting.len() {
+		if p.resting.items[p.resting.head+i].until > now {
+			return false
+		}
+	}
+	return p.unused()+p.free.len()+p.resting.len() == p.all
+}
+
 // take returns the port that has been unused the longest. When only resting ones
 // are left, the one that rested longest: our numbers rise, so most backends take
 // it. inUse says of a port whether somebody has it by another range. Returns false

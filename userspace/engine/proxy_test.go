@@ -25,7 +25,7 @@ func proxyHandshake(t *testing.T, sent string) (*handshake, *worker, *frames) {
 	w := newWorker(&Engine{}, 0, out)
 	w.e.plan.Store(&Plan{config: &config.Config{Limits: config.DefaultLimits}})
 	c := connection{client: netip.MustParseAddrPort("192.0.2.2:40000"), listener: netip.MustParseAddrPort("192.0.2.1:443")}
-	h := &handshake{connection: c, origin: c, cookie: 0x70000000, proxied: true}
+	h := &handshake{connection: c, origin: c, plan: w.e.plan.Load(), cookie: 0x70000000, proxied: true}
 	if _, err := h.hello.Add(0xfffffff0, []byte(sent)); err != nil {
 		t.Fatal(err)
 	}

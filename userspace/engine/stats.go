@@ -63,10 +63,8 @@ type stats struct {
 
 type decisionKey struct{ route, pool, result string }
 
-type connectKey struct {
-	backend *pool.Backend
-	result  string
-}
+// connectKey has names and no pointer, which would keep all that is reloaded.
+type connectKey struct{ pool, backend, result string }
 
 func newStats() stats {
 	return stats{
@@ -81,5 +79,5 @@ func (s *stats) decision(d *decision) {
 }
 
 func (s *stats) connect(b *pool.Backend, result string) {
-	s.connects[connectKey{b, result}]++
+	s.connects[connectKey{b.Pool, b.Name, result}]++
 }

@@ -172,7 +172,7 @@ func (e *Engine) Status() Status {
 		s.Decisions = append(s.Decisions, DecisionCount{k.route, k.pool, k.result, n})
 	}
 	for k, n := range connects {
-		s.Connects = append(s.Connects, ConnectCount{k.backend.Pool, k.backend.Name, k.result, n})
+		s.Connects = append(s.Connects, ConnectCount{k.pool, k.backend, k.result, n})
 	}
 	slices.SortFunc(s.Decisions, func(a, b DecisionCount) int {
 		return cmp.Or(cmp.Compare(a.Route, b.Route), cmp.Compare(a.Pool, b.Pool), cmp.Compare(a.Result, b.Result))

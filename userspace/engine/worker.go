@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -39,6 +40,8 @@ type worker struct {
 	quiet *ringbuf.Reader // read along, without waiting for it
 	queue io.Writer
 	jobs  *maps.Jobs
+
+	turns atomic.Uint64 // of run, for the heartbeat
 
 	mu         sync.Mutex
 	now        int64 // CLOCK_MONOTONIC ns, read once an event
@@ -95,6 +98,7 @@ const burst = 64
 func (w *worker) run() error {
 	for more := false; !w.wait.Closed(); {
 		if w.isQuiet() {
+			w.turns.Add(1)
 			time.Sleep(quiescePoll)
 			continue
 		}
@@ -109,6 +113,7 @@ func (w *worker) run() error {
 		w.read(w.ring)
 		w.runTimers()
 		w.mu.Unlock()
+		w.turns.Add(1)
 	}
 	return nil
 }
@@ -222,7 +227,7 @@ func (w *worker) event(raw []byte) {
 	}
 	switch maps.EventKind(h.Kind) {
 	case maps.EventHello:
-		w.clientSegment(int(h.Listener)-1, &s)
+		w.clientSegment(h.Listener, &s)
 	case maps.EventBackend:
 		w.backendSegment(&s)
 	case maps.EventClosing:
@@ -254,7 +259,7 @@ func readEventHeader(raw []byte) maps.EventHeader {
 }
 
 // clientSegment is data, FIN or RST of a client whose cookie is good.
-func (w *worker) clientSegment(listener int, s *packet.Segment) {
+func (w *worker) clientSegment(listener uint16, s *packet.Segment) {
 	w.hearEnds()
 	c := connection{client: s.Src, listener: s.Dst}
 	cookie := s.Ack - 1

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"snilb/scripts/testbed"
+)
+
+// TestStatusOfDead kills a daemon with connections open. What is left is shown, changes by that in nothing, and the ways
+// out that it names are ways out.
+func TestStatusOfDead(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, siteRoutes(bed))
+	dialTLS(t, bed, vip(bed, false), "a.example.com")
+	dialTLS(t, bed, vip(bed, true), "b.example.com")
+	d.waitFlows("two", clientTimeout, func(f []flow) bool { return len(f) == 2 })
+	roles := rolesOn(t, d, bed.Uplinks[0])
+
+	// Another name than the one that there is.
+	_, err := d.snilb("status")
+	wantFailure(t, err, "there is "+d.name+" (pid ")
+	d.kill()
+	_, err = d.snilb("flows")
+	wantFailure(t, err, "there is "+d.name+" (dead): name it by --name")
+	_, err = d.snilb("flows", "--name", d.name)
+	wantFailure(t, err, "snilb detach --all --name "+d.name)
+
+	before := leftovers(t, bed, d.name)
+	out, err := d.snilb("status", "--name", d.name, "-o", "json")
+	wantFailure(t, err, "daemon "+d.name+" does not steer: it is dead")
+	var s struct {
+		Name, Daemon, Directory, Remedy string
+		Ready                           *bool
+		Layout                          int
+		Silent                          *float64 `json:"silent_seconds"`
+		SourcePorts                     []int    `json:"source_ports"`
+		Interfaces                      []struct {
+			Name, Role, Mode string
+			Packets          map[string]uint64
+		}
+		Engine struct{ Flows int }
+	}
+	must(t, json.Unmarshal([]byte(out), &s))
+	if s.Name != d.name || s.Daemon != "dead" || s.Ready == nil || *s.Ready || !strings.HasPrefix(s.Directory, pinRoot+"/"+d.name) ||
+		!strings.Contains(s.Remedy, "snilb detach --all --name "+d.name) {
+		t.Errorf("status of a dead daemon:\n%s", out)
+	}
+	var left []string
+	packets := uint64(0)
+	for _, i := range s.Interfaces {
+		if i.Name == bed.Uplinks[0] {
+			left = append(left, i.Role+" "+i.Mode)
+		}
+		for _, n := range i.Packets {
+			packets += n
+		}
+	}
+	if !slices.Equal(left, roles) {
+		t.Errorf("on %s the living daemon had %q, the dead one has %q", bed.Uplinks[0], roles, left)
+	}
+	if s.Layout != 0 && (s.Engine.Flows != 2 || s.Silent == nil || len(s.SourcePorts) != 2 || packets == 0) {
+		t.Errorf("want 2 flows, the silence, ports and packets:\n%s", out)
+	}
+	table, err := d.snilb("status", "--name", d.name)
+	wantFailure(t, err, "does not steer")
+	for _, want := range []string{d.name, "dead", s.Directory, bed.Uplinks[0] + " client", "way out"} {
+		if !strings.Contains(table, want) {
+			t.Errorf("no %q in\n%s", want, table)
+		}
+	}
+	if after := leftovers(t, bed, d.name); !slices.Equal(before, after) {
+		t.Errorf("status changed %q into %q", before, after)
+	}
+	_, err = d.snilb("detach", "--all", "--name", d.name)
+	must(t, err)
+	assertClean(t, bed, d.name)
+	_, err = d.snilb("status", "--name", d.name)
+	wantFailure(t, err, "no daemon "+d.name+" here")
+}
+
+// wantFailure wants exit code 1 and a text on stderr.
+func wantFailure(t *testing.T, err error, text string) {
+	t.Helper()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(err.Error(), text) {
+		t.Errorf("got %v, want exit code 1 and %q", err, text)
+	}
+}
