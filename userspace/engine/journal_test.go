@@ -284,7 +284,7 @@ func TestJournalTorn(t *testing.T) {
 				}
 			}
 		}
-		if at%53 != 0 {
+		if at%151 != 0 {
 			continue
 		}
 		// All flows are taken over whatever is missing.
