@@ -471,14 +471,24 @@ func TestKnownIDs(t *testing.T) {
 	}
 }
 
-// TestAdoptByIDs has a flow whose record was not written: what its ids mean is in the journal.
+// TestAdoptByIDs has a flow whose record was not written: what its ids mean is in the journal, be the backend's address in two pools.
 func TestAdoptByIDs(t *testing.T) {
+	routes := func(first string) string {
+		return `
+listen: ":443"
+pools:
+  p: {backends: ["192.0.2.11:443"]}
+  q: {backends: ["192.0.2.11:443"]}
+routes:` + first + `
+  - {name: second, sni: b.example.org, pool: q}
+`
+	}
 	k, path := newKernel(t, 1, 100), filepath.Join(t.TempDir(), "flows")
-	d := k.journaled(path, journalRoutes)
+	d := k.journaled(path, routes(""))
 	d.binds("203.0.113.7:1001", "b.example.org", "") // never written
-	d = k.journaled(path, strings.Replace(journalRoutes, "routes:\n", "routes:\n  - {name: third, sni: z.example.com, pool: own}\n", 1))
+	d = k.journaled(path, routes("\n  - {name: first, sni: a.example.org, pool: p}"))
 	for _, one := range d.lives() {
-		if one.flow.Route != "second" || one.flow.Pool != "clients" || one.flow.SNI != "" || one.way.backend.ID != 3 {
+		if one.flow.Route != "second" || one.flow.Pool != "q" || one.flow.SNI != "" || one.way.backend.ID != 2 {
 			t.Errorf("%+v, backend %+v", one, one.way.backend)
 		}
 	}
