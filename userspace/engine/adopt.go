@@ -9,15 +9,23 @@ import (
 	"snilb/userspace/pool"
 )
 
-// adoption makes the flows in the kernel's tables, which an earlier daemon has bound, this one's. The tables are read twice,
-// the client's entries and then the backend's: what is remembered of the first are the flows themselves.
+// adoption makes the flows in the kernel's tables, which an earlier daemon has bound, this one's. The tables are read once: a client's
+// entry becomes a flow at once, and of the backends' those are remembered that come before.
 type adoption struct {
 	e      *Engine
 	now    int64
 	names  *names
 	of     []adopting // by worker
+	early  []backward
 	halves uint64
 	err    error
+}
+
+// backward is what is needed of a backend's entry.
+type backward struct {
+	backend, local, client, listener endpoint
+	control                          uint32
+	generation, route                uint16
 }
 
 // adopting is what is noted of a worker's flows until all is read.
@@ -46,12 +54,15 @@ func (e *Engine) adopt() error {
 		e.o.Log.Warn("journal not read: flows are taken over without their names", "error", err)
 	}
 	a := &adoption{e: e, now: e.clock.now(), names: newNames(e.plan.Load(), known), of: make([]adopting, len(e.workers))}
-	for _, read := range []func(maps.Leg, maps.Tuple, *maps.Entry){a.readClient, a.readBackend} {
-		if err := e.o.Tables.Flows(read); err != nil {
-			return err
-		}
-		if a.err != nil {
-			return a.err
+	if err := e.o.Tables.Flows(a.read); err != nil {
+		return err
+	}
+	if a.err != nil {
+		return a.err // before anything is removed
+	}
+	for i := range a.early {
+		if !a.pair(&a.early[i]) {
+			a.removeHalf(maps.LegBackend, a.early[i].tuple())
 		}
 	}
 	if err == nil {
@@ -68,23 +79,38 @@ func (e *Engine) adopt() error {
 }
 
 // worker is who an entry belongs to, nil if there is none.
-func (a *adoption) worker(entry *maps.Entry) *worker {
-	if n := entry.Worker(); n < len(a.e.workers) {
+func (a *adoption) worker(control uint32) *worker {
+	n := (&maps.Entry{Flow: maps.Flow{Control: control}}).Worker()
+	if n < len(a.e.workers) {
 		return a.e.workers[n]
 	}
 	a.err = fmt.Errorf("there is a flow of worker %d, and there are %d workers: the number of workers differs from that of the daemon that bound it",
-		entry.Worker(), len(a.e.workers))
+		n, len(a.e.workers))
 	return nil
 }
 
-// readClient makes a flow of a client's entry.
-func (a *adoption) readClient(leg maps.Leg, t maps.Tuple, up *maps.Entry) {
-	if leg != maps.LegClient || a.err != nil {
-		return
+// read takes any entry.
+func (a *adoption) read(leg maps.Leg, t maps.Tuple, entry *maps.Entry) {
+	w := a.worker(entry.Flow.Control)
+	switch {
+	case w == nil:
+	case leg == maps.LegClient:
+		a.readClient(w, t, entry)
+	default:
+		b := backward{
+			endpointOf(t.Src), endpointOf(t.Dst), endpointOf(entry.To.Dst), endpointOf(entry.To.Src),
+			entry.Flow.Control, entry.Flow.Generation, entry.Flow.Id,
+		}
+		if !a.pair(&b) {
+			a.early = append(a.early, b)
+		}
 	}
-	w := a.worker(up)
+}
+
+// readClient makes a flow of a client's entry.
+func (a *adoption) readClient(w *worker, t maps.Tuple, up *maps.Entry) {
 	c := connection{client: t.Src, listener: t.Dst}
-	if w == nil || w.flows.byClient(c) != nil { // read twice
+	if w.flows.byClient(c) != nil { // read twice
 		return
 	}
 	backend := a.names.backend(up.Flow.Id, up.To.Dst)
@@ -92,32 +118,35 @@ func (a *adoption) readClient(leg maps.Leg, t maps.Tuple, up *maps.Entry) {
 	f := w.flows.add(c, up.To.Src, v, "", c.client)
 	f.generation, f.bound = up.Flow.Generation, a.now
 	f.mss = smallestSegment(c.client.Addr().Is4())
-	f.adoptEnds(a.now, maps.LegClient, up)
+	f.adoptEnds(a.now, maps.LegClient, up.Flow.Control)
 	if !up.Has(maps.FlowConfirmed) {
 		a.of[w.id].unconfirmed.set(int(w.flows.number(f)))
 	}
 	a.of[w.id].generations.set(int(f.generation))
 }
 
-// readBackend finds the flow of a backend's entry. One without was of a handshake, or its client's was removed by a SYN.
-func (a *adoption) readBackend(leg maps.Leg, t maps.Tuple, down *maps.Entry) {
-	if leg != maps.LegBackend || a.err != nil {
-		return
+// pair finds the flow of a backend's entry. Returns false if there is none: it was of a handshake, a SYN has removed the client's, or
+// that is still to come.
+func (a *adoption) pair(b *backward) bool {
+	w := a.worker(b.control)
+	f := w.flows.find(maps.LegClient, ends{b.client, b.listener})
+	if f == nil || b.control&maps.FlowPending != 0 || f.generation != b.generation || f.local != b.local {
+		return false
 	}
-	w := a.worker(down)
-	if w == nil {
-		return
-	}
-	f := w.flows.byClient(connection{client: down.To.Dst, listener: down.To.Src})
-	if f == nil || down.Has(maps.FlowPending) || f.generation != down.Flow.Generation || w.flows.backendTuple(f) != t {
-		a.removeHalf(maps.LegBackend, t)
-		return
+	v := w.flows.wayOf(f)
+	if endpointOf(v.backend.Addr) != b.backend {
+		return false
 	}
 	a.of[w.id].paired.set(int(w.flows.number(f)))
-	f.adoptEnds(a.now, maps.LegBackend, down)
-	v := w.flows.wayOf(f)
-	v.route = a.names.route(down.Flow.Id)
+	f.adoptEnds(a.now, maps.LegBackend, b.control)
+	v.route = a.names.route(b.route)
 	w.flows.setWay(f, v)
+	return true
+}
+
+// tuple is what the backend's packets show.
+func (b *backward) tuple() maps.Tuple {
+	return maps.Tuple{Src: b.backend.addrPort(), Dst: b.local.addrPort()}
 }
 
 func (a *adoption) removeHalf(leg maps.Leg, t maps.Tuple) {
@@ -129,12 +158,12 @@ func (a *adoption) removeHalf(leg maps.Leg, t maps.Tuple) {
 
 // adoptEnds notes what an entry says of its side's end. Where a FIN stands is not known, unless the event of it is still in the ring.
 // That a RST came is known only from now on: a sender who goes on outlives it.
-func (f *flow) adoptEnds(now int64, leg maps.Leg, entry *maps.Entry) {
+func (f *flow) adoptEnds(now int64, leg maps.Leg, control uint32) {
 	c := &f.closing
-	if entry.Has(maps.FlowFIN) {
+	if control&maps.FlowFIN != 0 {
 		c.fin[leg], c.unheard[leg] = true, true
 	}
-	if entry.Has(maps.FlowRST) {
+	if control&maps.FlowRST != 0 {
 		c.reset, c.resetBy, c.resetAt = true, uint8(leg), now
 	}
 	// Who was first is not known: a backend that ended at all may hold the port.

@@ -153,7 +153,9 @@ func TestAdoptHalves(t *testing.T) {
 func TestAdoptWorkers(t *testing.T) {
 	for _, own := range []int{maps.MaxWorkers - 1, 2} {
 		k := newKernel(t, 2, 10)
-		k.bind(pairOf(1, own, false, true))
+		p := pairOf(1, own, false, true)
+		p.Down.Flow.Control = maps.FlowControl(1, 0, own&1) // which would be half a flow
+		k.bind(p)
 		_, err := k.try(firstPlan(t, kernelRoutes, nil), nil)
 		if err == nil || !strings.Contains(err.Error(), "number of workers differs") {
 			t.Errorf("a flow of worker %d of 2: %v", own, err)
@@ -375,7 +377,7 @@ func TestAdoptLate(t *testing.T) {
 		hello := clientHello(t)
 		s := packet.Segment{Src: p.Client.Src, Dst: p.Client.Dst, Seq: 1001, Ack: 5001, Flags: packet.ACK | packet.PSH, Payload: hello}
 		again := s
-		w.clientSegment(1, &again)
+		d.hears(&again)
 		sent, requests := d.segments(0)
 		if len(w.handshakes) != 0 || k.entries() != 2 || d.Bound() != 1 {
 			t.Fatalf("the flow is cut: %d handshakes, %d entries", len(w.handshakes), k.entries())
@@ -393,7 +395,7 @@ func TestAdoptLate(t *testing.T) {
 		// The same from a new connection: a SYN has removed the client's entry.
 		must(t, k.tables.DeleteFlow(maps.LegClient, p.Client))
 		again = s
-		w.clientSegment(1, &again)
+		d.hears(&again)
 		if len(w.handshakes) != 1 || k.entries() != 0 || d.Bound() != 0 || w.stats.closed["replaced"] != 1 {
 			t.Errorf("%d handshakes, %d entries, %d bound, closed %v", len(w.handshakes), k.entries(), d.Bound(), w.stats.closed)
 		}

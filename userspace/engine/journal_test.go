@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"snilb/maps"
 	"snilb/userspace/packet"
@@ -36,7 +37,7 @@ func (d *daemon) binds(client string, site string, header string) *flow {
 		c.listener = netip.MustParseAddrPort("[2001:db8::1]:443")
 	}
 	w.now = d.clock.now()
-	w.clientSegment(1, &packet.Segment{
+	d.hears(&packet.Segment{
 		Src: c.client, Dst: c.listener, Seq: 1001, Ack: 0x70000001, Flags: packet.ACK | packet.PSH, Window: 1000,
 		Payload: append([]byte(header), helloOf(site)...),
 	})
@@ -70,9 +71,9 @@ func (d *daemon) lives() map[netip.AddrPort]life {
 		for _, n := range w.flows.order {
 			f := w.flows.at(n)
 			v := w.flows.wayOf(f)
-			one := life{w.flows.status(f, f.bound), flow{bound: f.bound, cookie: f.cookie, mss: f.mss, generation: f.generation, outlived: f.outlived}, told{&pool.Backend{}, v.route}}
-			*one.way.backend = *v.backend
-			all[f.client.addrPort()] = one
+			known := flow{bound: f.bound, cookie: f.cookie, mss: f.mss, generation: f.generation, outlived: f.outlived}
+			backend := *v.backend
+			all[f.client.addrPort()] = life{w.flows.status(f, f.bound), known, told{&backend, v.route}}
 		}
 	}
 	return all
@@ -154,7 +155,7 @@ func TestJournalCookie(t *testing.T) {
 	d = k.journaled(path, journalRoutes)
 	w := d.workers[0]
 	for cookie, handshakes := range map[uint32]int{0x70000000: 0, 0x60000000: 1} {
-		w.clientSegment(1, &packet.Segment{Src: c.Src, Dst: c.Dst, Seq: 1001, Ack: cookie + 1, Flags: packet.ACK, Payload: clientHello(t)})
+		d.hears(&packet.Segment{Src: c.Src, Dst: c.Dst, Seq: 1001, Ack: cookie + 1, Flags: packet.ACK, Payload: clientHello(t)})
 		if len(w.handshakes) != handshakes {
 			t.Errorf("cookie %#x: %d handshakes, want %d", cookie, len(w.handshakes), handshakes)
 		}
@@ -283,7 +284,7 @@ func TestJournalTorn(t *testing.T) {
 				}
 			}
 		}
-		if at%53 != 0 {
+		if at%151 != 0 {
 			continue
 		}
 		// All flows are taken over whatever is missing.
@@ -519,4 +520,28 @@ func FuzzJournal(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestJournalOutlived has a flow live on after a forged RST, whose mark stays in its entry: the next daemon must not take it for an end.
+func TestJournalOutlived(t *testing.T) {
+	k, path := newKernel(t, 1, 100), filepath.Join(t.TempDir(), "flows")
+	d := k.journaled(path, journalRoutes)
+	f, w := d.binds("203.0.113.7:1001", "a.example.com", ""), d.workers[0]
+	d.journal.step()
+	c := f.clientTuple()
+	w.closingSegment(maps.LegClient, &packet.Segment{Src: c.Src, Dst: c.Dst, Seq: 5, Flags: packet.RST})
+	d.again(k, func(p *maps.Pair) {
+		p.Up.Flow.Control |= maps.FlowRST
+		p.Up.Flow.LastSeen = uint32((w.now + int64(4*time.Second)) >> 20)
+	})
+	w.now += int64(5 * time.Second)
+	w.review([]*flow{f})
+	if f.closing.ended() || !f.outlived[maps.LegClient] {
+		t.Fatalf("not outlived: %+v", f)
+	}
+	d.journal.step()
+	d = k.journaled(path, journalRoutes)
+	if f := d.workers[0].flows.at(1); f.closing.ended() || !f.outlived[maps.LegClient] {
+		t.Errorf("the mark counts again: %+v", f)
+	}
 }

@@ -144,6 +144,9 @@ func (k *kernel) start(p *Plan, change func(*Options)) *daemon {
 	return d
 }
 
+// hears is a client's segment at the first worker, by the first listener.
+func (d *daemon) hears(s *packet.Segment) { d.workers[0].clientSegment(1, s) }
+
 // segments are those that a worker sent, with what each frame asks for.
 func (d *daemon) segments(worker int) (all []packet.Segment, requests []byte) {
 	d.t.Helper()

@@ -12,8 +12,8 @@ import (
 const quiescePoll = 10 * time.Millisecond
 
 // Quiesce makes the engine ready to leave everything to the next daemon: no new connection is begun, and those are finished that
-// would be lost. Returns when there is none, or with an error that is ctx's when it ends before. SYNs are still answered, bound flows go on. There is no
-// way back.
+// would be lost. Returns when there is none, or with an error that is ctx's when it ends before. SYNs are still answered, bound
+// flows go on. There is no way back.
 //
 // A worker that has nothing to finish leaves its rings alone: the next daemon reads what is in them. One that has must read on,
 // for the backends' answers come there too; hellos that it meets are not acknowledged, so their clients repeat them.

@@ -82,3 +82,15 @@ func TestQuiesceLeavesRings(t *testing.T) {
 		must(t, r.Close())
 	}
 }
+
+// TestQuiesceBeats has a worker that leaves its rings alone not be taken for one that is stuck.
+func TestQuiesceBeats(t *testing.T) {
+	d := newPulseDesk(t)
+	must(t, d.e.Quiesce(context.Background()))
+	for range 2 { // the first may have been under way
+		d.turn()
+	}
+	if !d.beats(2) {
+		t.Error("the heart stops")
+	}
+}

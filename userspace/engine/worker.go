@@ -98,6 +98,7 @@ const burst = 64
 func (w *worker) run() error {
 	for more := false; !w.wait.Closed(); {
 		if w.isQuiet() {
+			w.turns.Add(1)
 			time.Sleep(quiescePoll)
 			continue
 		}
