@@ -561,6 +561,18 @@ func hasState(t *testing.T, pid int, state byte) bool {
 	return rest != "" && rest[0] == state
 }
 
+// Whoever could open the lock could hold it, and so keep a daemon from starting.
+func TestLockFileIsPrivate(t *testing.T) {
+	ns := newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	load(t, testOptions(t, "eth0"))
+	info, err := os.Stat(lockPath(ns, "test"))
+	must(t, err)
+	if info.Mode().Perm() != 0o600 {
+		t.Errorf("the lock has mode %v", info.Mode())
+	}
+}
+
 func TestLockFileIsNotStolen(t *testing.T) {
 	ns := newNetns(t)
 	first, err := acquire(ns, "test")
