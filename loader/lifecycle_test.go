@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -540,7 +541,9 @@ func TestKillHitsNobodyElse(t *testing.T) {
 	lock, err := acquire(ns, "test")
 	must(t, err)
 	must(t, lock.write(owner{pid: bystander.Process.Pid}))
-	if err := Kill(t.Context(), "test"); err == nil || !strings.Contains(err.Error(), "is not the one") {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := Kill(ctx, "test"); err == nil || !strings.Contains(err.Error(), "is not the one") {
 		t.Errorf("held by somebody else: %v", err)
 	}
 	must(t, lock.release())
