@@ -430,8 +430,10 @@ func TestJournalConcurrently(t *testing.T) {
 // TestKnownIDs follows backends through changes of the configuration: no id comes to mean another one as long as a flow has it.
 func TestKnownIDs(t *testing.T) {
 	k, path := newKernel(t, 1, 100), filepath.Join(t.TempDir(), "flows")
-	routes := func(backends string) string {
-		return "listen: \":443\"\npools: {p: {backends: [" + backends + "]}}\nroutes: [{name: r, sni: a.example.com, pool: p}]\n"
+	files := 0
+	routes := func(backends string) string { // of which each has another route in the same place
+		files++
+		return fmt.Sprintf("listen: \":443\"\npools: {p: {backends: [%s]}}\nroutes: [{name: r%d, sni: a.example.com, pool: p}]\n", backends, files)
 	}
 	id := func(d *daemon, addr string) uint16 {
 		return d.plan.Load().pools.Identities()[pool.Identity{Pool: "p", Addr: netip.MustParseAddrPort(addr)}]
@@ -453,7 +455,7 @@ func TestKnownIDs(t *testing.T) {
 		}
 		w := d.workers[0]
 		f = w.flows.at(1)
-		if v := w.flows.wayOf(f); v.backend.ID != 1 || v.backend.Pool != "p" || v.backend.Name != one || v.route != "r" {
+		if v := w.flows.wayOf(f); v.backend.ID != 1 || v.backend.Pool != "p" || v.backend.Name != one || v.route != "r1" {
 			t.Errorf("the flow's way is %+v, backend %+v", v, v.backend)
 		}
 	}
