@@ -95,6 +95,11 @@ static __always_inline int offer_syn(frame_t *f, struct packet *pkt, struct live
 	if (ring_is_busy(client_worker(pkt)))
 		return daemon_is_late(ctl, now) ? drop(REASON_LATE_HOLD)
 						: syn_pass(pkt, closing, REASON_RING_BUSY);
+	/* The last beat brought the keys of one slot ahead: the daemon would not know a
+	 * cookie made of an older one.
+	 */
+	if (ctl->beat + COOKIE_SLOT_NS < now)
+		return drop(REASON_LATE_HOLD);
 	if (closing)
 		flow_forget(pkt, LEG_CLIENT);
 	if (pkt->payload > SYN_PAYLOAD_MAX)

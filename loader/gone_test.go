@@ -3,10 +3,12 @@
 package loader
 
 import (
+	"syscall"
 	"testing"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // programOn is the id of a role's program on an interface, 0 if there is none.
@@ -94,5 +96,37 @@ func TestBackendMovesAlone(t *testing.T) {
 	eventually(t, "entry moved", func() bool { return entry(t, i, moves).Ifindex == uint32(eth1) })
 	if got := entry(t, i, stays); got.Ifindex == uint32(eth1) {
 		t.Errorf("the other's entry moved along: %+v", got)
+	}
+}
+
+// oneMessage is a subscription with one message, which then is broken.
+type oneMessage struct{ kind uint16 }
+
+func (o *oneMessage) Receive() ([]syscall.NetlinkMessage, *unix.SockaddrNetlink, error) {
+	kind := o.kind
+	if o.kind = 0; kind == 0 {
+		return nil, nil, unix.EBADF
+	}
+	return []syscall.NetlinkMessage{{Header: syscall.NlMsghdr{Type: kind}}}, nil, nil
+}
+
+func (o *oneMessage) Close() {}
+
+// The message of a link alone brings the programs back, without a wait for the end of the burst; that of an address does not.
+func TestProgramsAreBackAtOnce(t *testing.T) {
+	newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	i := load(t, testOptions(t, "eth0"))
+	must(t, i.Attach())
+	must(t, netlink.LinkDel(device(t, "eth0")))
+	addVeth(t, "eth0")
+	for _, c := range []struct {
+		kind uint16
+		back bool
+	}{{unix.RTM_NEWADDR, false}, {unix.RTM_NEWLINK, true}} {
+		i.receive(&oneMessage{c.kind}, make(chan struct{}, 1), make(chan error, 1))
+		if got := programOn(t, i, "eth0", RoleClient) != 0; got != c.back {
+			t.Errorf("after message %d: program there %v, want %v", c.kind, got, c.back)
+		}
 	}
 }

@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -540,7 +541,9 @@ func TestKillHitsNobodyElse(t *testing.T) {
 	lock, err := acquire(ns, "test")
 	must(t, err)
 	must(t, lock.write(owner{pid: bystander.Process.Pid}))
-	if err := Kill(t.Context(), "test"); err == nil || !strings.Contains(err.Error(), "is not the one") {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := Kill(ctx, "test"); err == nil || !strings.Contains(err.Error(), "is not the one") {
 		t.Errorf("held by somebody else: %v", err)
 	}
 	must(t, lock.release())
@@ -559,6 +562,18 @@ func hasState(t *testing.T, pid int, state byte) bool {
 	must(t, err)
 	_, rest, _ := strings.Cut(string(text), ") ")
 	return rest != "" && rest[0] == state
+}
+
+// Whoever could open the lock could hold it, and so keep a daemon from starting.
+func TestLockFileIsPrivate(t *testing.T) {
+	ns := newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	load(t, testOptions(t, "eth0"))
+	info, err := os.Stat(lockPath(ns, "test"))
+	must(t, err)
+	if info.Mode().Perm() != 0o600 {
+		t.Errorf("the lock has mode %v", info.Mode())
+	}
 }
 
 func TestLockFileIsNotStolen(t *testing.T) {

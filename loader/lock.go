@@ -64,7 +64,8 @@ func tryLock(path string) (*lockFile, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	// For its owner alone: whoever may open it may lock it, and so keep a daemon from starting.
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -127,11 +128,11 @@ func readOwner(path string) (o owner) {
 	return o
 }
 
-// isHeld reports whether a living process holds the lock.
+// isHeld reports whether a living process holds the lock. Who may not look hears that one does.
 func isHeld(path string) bool {
 	file, err := os.Open(path)
 	if err != nil {
-		return false
+		return errors.Is(err, fs.ErrPermission)
 	}
 	defer file.Close() //nolint:errcheck // only read
 	return errors.Is(unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)

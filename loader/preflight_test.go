@@ -26,6 +26,15 @@ func TestPreflightRelease(t *testing.T) {
 	}
 }
 
+func TestPreflightJIT(t *testing.T) {
+	for value, off := range map[string]bool{"0": true, "1": false, "2": false, "": false} {
+		problems := judgeJIT(value)
+		if off != (len(problems) == 1 && problems[0].Warning && problems[0].Remedy == "sysctl -w net.core.bpf_jit_enable=1") || !off && problems != nil {
+			t.Errorf("%q: %v", value, problems)
+		}
+	}
+}
+
 func wantAmong(t *testing.T, problems []Problem, what, remedy string) {
 	t.Helper()
 	for _, p := range problems {

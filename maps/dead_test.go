@@ -144,6 +144,35 @@ func TestSynRingBusy(t *testing.T) {
 	})
 }
 
+// A beat brings the cookie keys of the slot after its own: who is to be alive for longer than
+// that answers no SYN by an older key, which the daemon would not know when it is back.
+func TestSynOldKeys(t *testing.T) {
+	skins(t, newRig, settings{deadAfter: 20 * time.Second}, func(t *testing.T, r *rig) {
+		r.listen(UnknownFlowReset)
+		bothFamilies(t, func(t *testing.T, f family) {
+			s := f.clientSegment(syn)
+			for age, reason := range map[time.Duration]Reason{
+				CookieSlotNanoseconds - time.Second: bpfReasonREASON_SYN_ANSWERED,
+				CookieSlotNanoseconds + time.Second: bpfReasonREASON_LATE_HOLD,
+				19 * time.Second:                    bpfReasonREASON_LATE_HOLD,
+				21 * time.Second:                    bpfReasonREASON_DAEMON_DEAD,
+			} {
+				r := r.with(t)
+				r.silent(age)
+				if reason == bpfReasonREASON_SYN_ANSWERED {
+					r.expectAnswer(s)
+					continue
+				}
+				w := drop(reason)
+				if Reasons[reason].Action == ActionPass {
+					w = pass(reason)
+				}
+				r.expect(ProgramClient, s.frame(), w)
+			}
+		})
+	})
+}
+
 // Nobody is there to answer what is unknown while the daemon is late: the ring is kept for
 // hellos, which go there whatever the policy. Where the stack has new connections it has the
 // unknown packets, too: it may know them by a SYN cookie alone.

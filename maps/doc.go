@@ -14,8 +14,8 @@
 //	                                             meets a closed flow
 //	listeners       address and port -> id       daemon                client and XDP    refused at attach
 //	                                                                   programs
-//	listener_ports  port/64 -> 64 bits           daemon                client and XDP    cannot
-//	                                                                   programs
+//	listener_ports  port/64 -> 64 bits, never    daemon                client and XDP    cannot
+//	                taken back: flows stay                             programs
 //	paths           source, backend -> id        daemon                backend and XDP   refused at attach
 //	                                                                   programs
 //	nexthops        index -> interface, gateway; daemon                client, backend,  new flows are refused

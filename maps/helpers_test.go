@@ -130,6 +130,7 @@ type settings struct {
 	ringSize   int
 	ringBusy   uint64
 	onDead     uint8
+	deadAfter  time.Duration
 	noCsumIPv6 bool // as on a kernel without BPF_F_IPV6
 	flows      int  // room in the flow tables; 1024
 	xdp        bool // the XDP object, whose program stands for both of TC's
@@ -181,6 +182,9 @@ func newRig(tb testing.TB, set settings) *rig {
 	if set.ringBusy == 0 {
 		set.ringBusy = uint64(set.ringSize)
 	}
+	if set.deadAfter == 0 {
+		set.deadAfter = aliveFor
+	}
 	must(tb, rlimit.RemoveMemlock())
 	r := &rig{TB: tb, ns: ns, set: set, slot: testSlot, total: new(uint64)}
 	r.load()
@@ -209,7 +213,7 @@ func (s settings) variables() map[string]any {
 		VarWorkers:         s.workers,
 		VarSourcePortFirst: uint16(portFirst),
 		VarSourcePortLast:  uint16(portLast),
-		VarDeadAfter:       uint64(aliveFor),
+		VarDeadAfter:       uint64(s.deadAfter),
 		VarOnDead:          s.onDead,
 		VarRingBusy:        s.ringBusy,
 		VarHasCsumIPv6:     !s.noCsumIPv6,

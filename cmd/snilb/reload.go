@@ -166,10 +166,9 @@ func (s *server) unable(c *config.Config) config.Problems {
 // fixed says what differs from what the tables and programs were made for.
 func (s *server) fixed(c *config.Config) config.Problems {
 	var problems config.Problems
-	const remedy = "restart snilb for that"
 	if c.Limits.Flows > s.flowEntries {
 		problems = append(problems, config.Problem{
-			Position: config.Position{File: c.File}, Remedy: remedy + ", or stay at or below it",
+			Position: config.Position{File: c.File}, Remedy: "stay at or below it; larger tables take snilb detach, which ends the connections, and a new start",
 			What: fmt.Sprintf("limits.flows is %d, and the tables were made for %d", c.Limits.Flows, s.flowEntries),
 		})
 	}
@@ -180,7 +179,7 @@ func (s *server) fixed(c *config.Config) config.Problems {
 		}
 		if first < s.ports[0] || last > s.ports[1] {
 			problems = append(problems, config.Problem{
-				Position: p.Pos, Remedy: remedy + ", or stay in that range",
+				Position: p.Pos, Remedy: "stay in that range, or start snilb again (with --on-exit keep connections go on)",
 				What: fmt.Sprintf("the source ports of pool %s are %d-%d, and the programs were loaded for %d-%d", p.Name, first, last, s.ports[0], s.ports[1]),
 			})
 		}

@@ -32,7 +32,7 @@ func TestReloadFixed(t *testing.T) {
 			t.Fatalf("%s: %v", c.what, err)
 		}
 		got := c.server.fixed(file)
-		if len(got) > 1 || (len(got) == 0) != (c.want == "") || len(got) == 1 && (!strings.Contains(got[0].What, c.want) || !strings.Contains(got[0].Remedy, "restart")) {
+		if len(got) > 1 || (len(got) == 0) != (c.want == "") || len(got) == 1 && (!strings.Contains(got[0].What, c.want) || !strings.Contains(got[0].Remedy, "start")) {
 			t.Errorf("%s: %v, want %q", c.what, got, c.want)
 		}
 	}

@@ -66,7 +66,7 @@ Description: TLS-SNI load balancer in the kernel
 EOF
 
 chmod -R u=rwX,go=rX "$root"
-# xz by one thread: more of them cut the data by the size of the machine's memory.
+# By one thread: more of them cut the data by the size of the machine's memory. Level 3 is much quicker, for a tenth more.
 package=$out/snilb_${version}_$arch.deb
-dpkg-deb --root-owner-group --threads-max=1 -Zxz -z6 --build "$root" "$package" >/dev/null
+dpkg-deb --root-owner-group --threads-max=1 -Zxz -z3 --build "$root" "$package" >/dev/null
 echo "$package"

@@ -287,23 +287,20 @@ func pinsOf(name string) []string {
 	return pins
 }
 
-// sweepPins removes the pins of test runs whose process is gone.
+// sweepPins removes the pins, locks and sockets of test runs whose process is gone.
 func sweepPins() {
-	_ = filepath.WalkDir(pinRoot, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || !e.IsDir() {
-			return nil
+	for _, root := range []string{pinRoot, socketDir} {
+		entries, _ := os.ReadDir(root)
+		for _, e := range entries {
+			parts := strings.Split(e.Name(), "-")
+			if len(parts) != 3 || parts[0] != "e2e" {
+				continue
+			}
+			if pid, err := strconv.Atoi(parts[1]); err == nil && !testbed.Alive(pid) {
+				_ = os.RemoveAll(filepath.Join(root, e.Name()))
+			}
 		}
-		parts := strings.Split(e.Name(), "-")
-		if len(parts) != 3 || parts[0] != "e2e" {
-			return nil
-		}
-		pid, err := strconv.Atoi(parts[1])
-		if err == nil && !testbed.Alive(pid) {
-			_ = os.RemoveAll(path)
-			return fs.SkipDir
-		}
-		return nil
-	})
+	}
 }
 
 // needBPFFS asks for the file system of the pins.

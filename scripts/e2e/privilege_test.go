@@ -42,7 +42,7 @@ func TestFewPrivileges(t *testing.T) {
 	needTool(t, "setpriv")
 	bed := newBed(t, testbed.Options{})
 	routes := bedWithSpare(t, bed)
-	d := startBy(t, bed, withoutOthers, instanceName(), bed.Uplinks, routes)
+	d := startBy(t, bed, bornWith("-all,+bpf,+net_admin,+net_raw,+perfmon"), instanceName(), bed.Uplinks, routes)
 	d.waitReady()
 	live(t, bed, d)
 	if said := d.stderr.String(); strings.Contains(said, "bounding set") || strings.Contains(said, "this process keeps") {
@@ -231,10 +231,27 @@ func rolesOn(t *testing.T, d *daemon, iface string) []string {
 	return roles
 }
 
-// withoutOthers starts a command with the few capabilities only, on a thread that ends with it: root gets what the bounding
-// set has. CAP_SYS_ADMIN is left to nsenter, which goes to the namespace and runs the rest by setpriv.
-func withoutOthers(cmd *exec.Cmd) error {
-	at := slices.Index(cmd.Args, "--") + 1
-	cmd.Args = slices.Insert(cmd.Args, at, "setpriv", "--bounding-set", "-all,+bpf,+net_admin,+net_raw,+perfmon", "--")
-	return cmd.Start()
+// TestPrivilegesRefused takes from a daemon the right to cut its bounding set: it says so, with the mend, and serves.
+func TestPrivilegesRefused(t *testing.T) {
+	needTool(t, "setpriv")
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := startBy(t, bed, bornWith("-setpcap"), instanceName(), bed.Uplinks, siteRoutes(bed))
+	d.waitReady()
+	if said := d.stderr.String(); !strings.Contains(said, "stay in the bounding set: operation not permitted") || !strings.Contains(said, "CapabilityBoundingSet=") {
+		t.Errorf("it says nothing of it:\n%s", said)
+	}
+	got, err := goClient(t, bed, vip(bed, false), "a.example.com")
+	wantBody(t, got, err, "b1", "a.example.com")
+	d.stop(syscall.SIGTERM)
+}
+
+// bornWith starts a command with a bounding set, which is what root's capabilities come from. nsenter is to go to the
+// namespace before.
+func bornWith(bounding string) func(*exec.Cmd) error {
+	return func(cmd *exec.Cmd) error {
+		at := slices.Index(cmd.Args, "--") + 1
+		cmd.Args = slices.Insert(cmd.Args, at, "setpriv", "--bounding-set", bounding, "--")
+		return cmd.Start()
+	}
 }

@@ -60,12 +60,13 @@ func times(t *testing.T, variable string, otherwise int) int {
 
 // survivors are connections that were open before something happened to the daemon, and must not notice.
 type survivors struct {
-	a, b []net.Conn
+	a, b   []net.Conn
+	opened time.Time
 }
 
 func openSurvivors(t *testing.T, bed *testbed.Bed) survivors {
 	t.Helper()
-	return survivors{openMany(t, bed, 10, "a.example.com"), openMany(t, bed, 10, "b.example.com")}
+	return survivors{openMany(t, bed, 10, "a.example.com"), openMany(t, bed, 10, "b.example.com"), time.Now()}
 }
 
 func (s *survivors) wantAlive(t *testing.T) {
@@ -77,14 +78,16 @@ func (s *survivors) wantAlive(t *testing.T) {
 // wantListed wants the survivors in the flow table as they are: who, and how much.
 func (s *survivors) wantListed(t *testing.T, d *daemon) {
 	t.Helper()
+	age := time.Since(s.opened).Seconds()
 	listed := make(map[string]flow)
 	for _, f := range d.flows() {
 		listed[f.Client] = f
 	}
-	for name, conns := range map[string][]net.Conn{"b1": s.a, "b2": s.b} {
+	for name, conns := range map[string][]net.Conn{"a.example.com": s.a, "b.example.com": s.b} {
 		for _, c := range conns {
 			f, ok := listed[c.LocalAddr().String()]
-			if !ok || f.State != "open" || f.Listener != c.RemoteAddr().String() || f.Pool == "" || f.Backend == "" || *f.BytesIn < 1000 || *f.BytesOut < 1000 {
+			if !ok || f.State != "open" || f.Listener != c.RemoteAddr().String() || f.SNI != name || f.Pool == "" || f.Backend == "" ||
+				*f.AgeSeconds < age || *f.BytesIn < 1000 || *f.BytesOut < 1000 {
 				t.Errorf("the connection of %s to %s is listed as %+v", c.LocalAddr(), name, f)
 			}
 		}

@@ -111,6 +111,11 @@ func TestHeartbeatStopsWithAWorker(t *testing.T) {
 	if !d.beats(1) || !d.e.Alive() {
 		t.Error("the worker goes on, and the heart does not")
 	}
+	d.mu.Lock()
+	if !d.beats(stuckAfter - 1) {
+		t.Error("beats without a turn are counted from the worker's last standstill, not from its last turn")
+	}
+	d.mu.Unlock()
 	for what, want := range map[string]int{"a worker is stuck": 1, "the worker goes on": 1} {
 		if n := strings.Count(d.log.String(), what); n != want {
 			t.Errorf("%q %d times in the log, want %d:\n%s", what, n, want, d.log.String())
