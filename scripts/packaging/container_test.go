@@ -153,6 +153,9 @@ func TestContainer(t *testing.T) {
 	if len(pins(name)) == 0 {
 		t.Error("nothing of it is in the host's bpffs: it would not outlive the container")
 	}
+	if sockets, _ := filepath.Glob(filepath.Join(state, "run", name+"*.sock")); len(sockets) != 1 {
+		t.Errorf("on the host the daemon takes commands at %q", sockets)
+	}
 	must(t, cmd.Process.Signal(syscall.SIGTERM))
 	select {
 	case err := <-ended:

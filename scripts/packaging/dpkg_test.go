@@ -76,8 +76,10 @@ func TestDpkg(t *testing.T) {
 	m := newMachine(t)
 	assertCalls(t, m.dpkg("-i", d.file)) // no systemd runs
 	mustRun(t, m.path("usr/bin/snilb"), "version")
+	m.dpkg("-P", "snilb")
 
 	must(t, os.MkdirAll(m.path("run/systemd/system"), 0o755))
+	assertCalls(t, m.dpkg("-i", d.file), "systemctl --system daemon-reload")
 	const mine = "# mine\n"
 	must(t, os.WriteFile(m.path("etc/snilb/default.yaml"), []byte(mine), 0o644))
 	assertCalls(t, m.dpkg("-i", d.file),

@@ -247,6 +247,14 @@ func (s *service) assertConfined() {
 	if allowed := uint64(1<<chown | 1<<netAdmin | 1<<netRaw | 1<<perfmon | 1<<bpf); bounding&^allowed != 0 {
 		s.t.Errorf("capabilities within %#x, want %#x", bounding, allowed)
 	}
+	for dir, writable := range map[string]bool{
+		"/etc": false, "/usr": false, "/run": false, "/proc/sys/kernel": false, "/run/snilb": true, "/sys/fs/bpf": true, "/dev/net/tun": true,
+	} {
+		_, err := s.inside("nsenter", "-t", s.show("MainPID"), "-m", "-r", "test", "-w", dir)
+		if (err == nil) != writable {
+			s.t.Errorf("the daemon may write to %s: %t", dir, err == nil)
+		}
+	}
 	if fields["NoNewPrivs"] != "1" || fields["Seccomp"] != "2" {
 		s.t.Errorf("NoNewPrivs %s, Seccomp %s", fields["NoNewPrivs"], fields["Seccomp"])
 	}
