@@ -304,8 +304,13 @@ struct event_header {
 
 _Static_assert(sizeof(struct event_header) == 32, "event_header");
 
+/* Longer than needed, so that counters outlive a binary with more reasons. */
+#define REASON_MAX 64
+
 struct counter_set {
-	__u64 packets[REASON_LEN];
+	__u64 packets[REASON_MAX];
 };
+
+_Static_assert(REASON_LEN <= REASON_MAX, "counter_set");
 
 #endif

@@ -12,8 +12,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	bpf "snilb/maps"
 )
@@ -135,6 +137,17 @@ func mergePorts(r *bpf.InstanceRecord, first, last uint16) (uint16, uint16, erro
 			first, r.SourcePortFirst, int(r.SourcePortFirst)%workers+workers)
 	}
 	return uint16(begin), max(last, r.SourcePortLast), nil
+}
+
+// silence is how long the daemon has given no sign of life that left the tables.
+func (a *adopted) silence() time.Duration {
+	var live bpf.Live
+	var now unix.Timespec
+	zero := uint32(0)
+	if a.maps[bpf.MapControl].Lookup(&zero, &live) != nil || live.Beat == 0 || unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) != nil {
+		return 0
+	}
+	return time.Duration(now.Nano() - int64(live.Beat)).Round(time.Millisecond)
 }
 
 // keepFlowEntries notes how many entries the tables have; each flow has two.

@@ -129,7 +129,7 @@ func (i *Instance) claim() (err error) {
 		return err
 	}
 	if i.state != nil {
-		i.log.Info("going on with what an earlier daemon left", "instance", i.opts.Name)
+		i.log.Info("going on with what an earlier daemon left", "instance", i.opts.Name, "silent_for", i.state.silence())
 		return nil
 	}
 	found, err := removeLeftovers(i.ns, i.opts.Name, i.log)

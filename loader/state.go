@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -131,12 +132,14 @@ func mountBPFFS(log *slog.Logger) error {
 	return nil
 }
 
-// removeEmpty removes directories that nothing else uses.
+// removeEmpty removes directories that nothing else uses: in a container or a service's
+// mount namespace one may be a mount, and stays.
 func removeEmpty(dirs ...string) error {
+	inUse := []error{fs.ErrNotExist, unix.ENOTEMPTY, unix.EBUSY, unix.EROFS}
 	var errs []error
 	for _, dir := range dirs {
 		err := os.Remove(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+		if err != nil && !slices.ContainsFunc(inUse, func(known error) bool { return errors.Is(err, known) }) {
 			errs = append(errs, fmt.Errorf("remove directory: %w", err))
 		}
 	}

@@ -27,7 +27,7 @@ type bpfCookieKey struct {
 
 type bpfCounterSet struct {
 	_       structs.HostLayout
-	Packets [40]uint64
+	Packets [64]uint64
 }
 
 type bpfCounterUser struct {

@@ -126,6 +126,7 @@ const (
 	ProgramXDP     = xdpProgSnilbXdp // in SpecXDP
 
 	MapJobs     = bpfMapJobs // what ProgramJobs and its callers share
+	MapControl  = bpfMapControl
 	MapCounters = bpfMapCounters
 	MapInstance = bpfMapInstance
 

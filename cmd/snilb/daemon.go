@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -392,8 +393,12 @@ func (s *server) status() (statusDocument, error) {
 func namePackets(c maps.CounterSet) map[string]uint64 {
 	named := make(map[string]uint64)
 	for i, n := range c.Packets {
-		if n > 0 {
+		switch {
+		case n == 0:
+		case i < len(maps.Reasons):
 			named[string(maps.Reasons[i].Action)+"/"+maps.Reasons[i].Name] += n
+		default: // of a newer version, that counted here before
+			named["newer/"+strconv.Itoa(i)] += n
 		}
 	}
 	return named

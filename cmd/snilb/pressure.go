@@ -29,14 +29,19 @@ var pressures = map[string]string{
 // pressure compares the kernel programs' counters with what they were.
 type pressure struct {
 	log  *slog.Logger
-	last [len(maps.Reasons)]uint64
+	last *maps.CounterSet // nil: not looked yet
 }
 
-// look warns once for each of the reasons that has been counted since the last look.
-func (p *pressure) look(now [len(maps.Reasons)]uint64) {
-	for i, n := range now {
-		if warning, ok := pressures[maps.Reasons[i].Name]; ok && n > p.last[i] {
-			p.log.Warn(warning, "reason", maps.Reasons[i].Name, "packets", n-p.last[i])
+// look warns once for each of the reasons that has been counted since the last look. The first one only remembers: what was
+// before is an earlier daemon's.
+func (p *pressure) look(now *maps.CounterSet) {
+	for i := range maps.Reasons {
+		if p.last == nil {
+			break
+		}
+		n := now.Packets[i] - p.last.Packets[i]
+		if warning, ok := pressures[maps.Reasons[i].Name]; ok && n > 0 {
+			p.log.Warn(warning, "reason", maps.Reasons[i].Name, "packets", n)
 		}
 	}
 	p.last = now
@@ -49,21 +54,29 @@ func (s *server) watchPressure(ctx context.Context) error {
 	tick := time.NewTicker(pressurePoll)
 	defer tick.Stop()
 	for {
+		sum, err := s.allPackets()
+		if err != nil {
+			return err
+		}
+		p.look(sum)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		var sum maps.CounterSet
-		for slot := range uint32(maps.MaxCounterSlots) {
-			some, err := s.instance.Tables().Packets(slot)
-			if err != nil {
-				return err
-			}
-			for i, n := range some.Packets {
-				sum.Packets[i] += n
-			}
-		}
-		p.look(sum.Packets)
 	}
+}
+
+func (s *server) allPackets() (*maps.CounterSet, error) {
+	var sum maps.CounterSet
+	for slot := range uint32(maps.MaxCounterSlots) {
+		some, err := s.instance.Tables().Packets(slot)
+		if err != nil {
+			return nil, err
+		}
+		for i, n := range some.Packets {
+			sum.Packets[i] += n
+		}
+	}
+	return &sum, nil
 }

@@ -258,7 +258,7 @@ func TestSurviveLayout(t *testing.T) {
 	_, err = d.snilb("detach", "--all", "--name", d.name)
 	must(t, err)
 	assertClean(t, bed, d.name)
-	d = d.again(siteRoutes(bed))
+	d.again(siteRoutes(bed))
 	got, err := goClient(t, bed, vip(bed, false), "a.example.com")
 	wantBody(t, got, err, "b1", "a.example.com")
 }
