@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -72,7 +73,7 @@ func runDaemon(o attachOptions, c *config.Config, signals <-chan os.Signal, out 
 		o: o, out: out, log: newLogger(out, o.jsonLogs), started: time.Now(),
 		failed: make(chan error, 6), asked: make(chan struct{}, 1), hangups: make(chan struct{}, 1),
 		backends: make(map[netip.AddrPort]bool),
-		leave: o.onExit == exitKeep,
+		leave:    o.onExit == exitKeep,
 	}
 	s.config.Store(c)
 	s.reloaded.Store(&reloadStatus{OK: true, At: s.started})
@@ -372,7 +373,7 @@ func (s *server) status() (statusDocument, error) {
 	c := s.config.Load()
 	d := statusDocument{
 		Name: s.o.name, PID: os.Getpid(), Version: version(), Uptime: time.Since(s.started).Round(time.Millisecond).Seconds(),
-		Ready: s.ready.Load(), Draining: s.draining.Load(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
+		Ready: s.ready.Load(), Draining: s.draining.Load(), Goroutines: runtime.NumGoroutine(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
 		Interfaces: []interfaceStatus{}, Pools: summarizePools(c), Engine: s.engine.Status(),
 	}
 	for _, i := range s.instance.Interfaces() {
