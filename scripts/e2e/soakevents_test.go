@@ -24,8 +24,8 @@ type soakEvent struct {
 
 // What may happen. How long each takes is bounded, so that no client comes to the end of its own patience.
 var soakEvents = []soakEvent{
-	{"kill", 4, true, (*soak).kill},
-	{"upgrade", 4, true, (*soak).upgrade},
+	{"kill", 8, true, (*soak).kill},
+	{"upgrade", 8, true, (*soak).upgrade},
 	{"reload", 6, false, (*soak).reload},
 	{"reload refused", 2, false, (*soak).reloadRefused},
 	{"stopped", 2, false, (*soak).stopped},
