@@ -43,6 +43,7 @@ type soak struct {
 	counts           map[string]int // events, by name
 	orphaned         int
 	daemons          int
+	slowestStart     time.Duration
 	peak             int
 	lastOrphaned     int // of the daemon that runs
 	lastUnreachable  int
@@ -124,9 +125,23 @@ func (s *soak) start() {
 	go d.wait()
 	s.d = d
 	s.daemons++
-	d.waitReady()
+	s.waitReady()
 	s.lastOrphaned, s.lastUnreachable = 0, 0
 	s.look()
+}
+
+// waitReady has more patience than other tests: load on the machine is what this one is about.
+func (s *soak) waitReady() {
+	s.t.Helper()
+	began := time.Now()
+	select {
+	case <-s.d.stderr.saw("ready"):
+	case <-s.d.exited:
+		s.t.Fatalf("snilb attach ended before it was ready: %v", s.d.err)
+	case <-time.After(time.Minute):
+		s.t.Fatal("not ready in a minute")
+	}
+	s.slowestStart = max(s.slowestStart, time.Since(began))
 }
 
 // look notes what the daemon has counted so far, as its death may come next.
@@ -232,7 +247,7 @@ func (s *soak) giveUp() {
 func (s *soak) summary(first, last resources) {
 	s.look()
 	var b strings.Builder
-	_, _ = fmt.Fprintf(&b, "mode %s, %d daemons\n", *mode, s.daemons)
+	_, _ = fmt.Fprintf(&b, "mode %s, %d daemons, of which the slowest was ready in %s\n", *mode, s.daemons, s.slowestStart.Round(time.Millisecond))
 	for _, e := range soakEvents {
 		_, _ = fmt.Fprintf(&b, "  %-18s %6d\n", e.name, s.counts[e.name])
 	}

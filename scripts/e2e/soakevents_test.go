@@ -311,7 +311,7 @@ func (d *diary) during(since time.Time, names ...string) bool {
 
 // before tells the last events up to now, with their age.
 func (d *diary) before() string {
-	const shown = 6
+	const shown = 15
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var all []string
