@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"snilb/scripts/testbed"
 )
 
@@ -172,11 +174,30 @@ func (s *soak) changeUplink() {
 func (s *soak) unplug() {
 	s.uplink = 0
 	must(s.t, s.bed.UseUplink(0))
+	programs := s.programsOn("eth2")
 	must(s.t, s.bed.Unplug("eth2"))
 	time.Sleep(s.rand(50*time.Millisecond, 300*time.Millisecond))
 	must(s.t, s.bed.Plug("eth2"))
 	s.keepAddresses("eth2")
-	s.d.waitRoles("eth2", 1)
+	for deadline := time.Now().Add(readyTimeout); s.programsOn("eth2") < programs; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			s.t.Fatalf("of %d programs on eth2 %d are back", programs, s.programsOn("eth2"))
+		}
+	}
+}
+
+// programsOn counts what the kernel has on an interface, as status still tells of one that has just been deleted.
+func (s *soak) programsOn(dev string) int {
+	r := make(resources)
+	ids := map[string]bool{}
+	must(s.t, s.bed.LB.Do(func() error {
+		l, err := netlink.LinkByName(dev)
+		if err == nil {
+			programsOf(l, ids, r)
+		}
+		return err
+	}))
+	return int(r["tcx programs"] + r["XDP programs"])
 }
 
 // changeMTU makes a leg narrower for a while, at both its ends.

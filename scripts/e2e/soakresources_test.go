@@ -45,8 +45,8 @@ func plus(more int64) func(int64) int64 { return func(n int64) int64 { return n 
 var bounds = []bound{
 	{"flows4", plus(0), false, true}, {"flows6", plus(0), false, true}, {"owned", plus(0), false, true},
 	{"listeners", plus(0), false, true}, {"listener_ports", plus(0), false, true}, {"paths", plus(0), false, false}, {"nexthops", plus(8), false, false},
-	{"pins", plus(0), false, true}, {"programs", plus(0), false, true}, {"maps", plus(0), false, true}, {"links", plus(0), false, true},
-	{"devices", plus(0), false, true}, {"tcx programs", plus(0), false, true}, {"XDP programs", plus(0), false, true}, {"managed neighbours", plus(4), false, false},
+	{"pins", plus(0), false, false}, {"programs", plus(0), false, false}, {"maps", plus(0), false, false}, {"links", plus(0), false, false},
+	{"devices", plus(0), false, true}, {"tcx programs", plus(0), false, false}, {"XDP programs", plus(0), false, false}, {"managed neighbours", plus(4), false, false},
 	{"files in /run", plus(0), false, false},
 	{"bytes in /run", func(int64) int64 { return 4 << 20 }, false, false}, // a journal is made smaller only when it is worth it
 	{"descriptors", plus(0), true, false},
@@ -226,18 +226,7 @@ func (s *soak) kernelObjects(dir string, r resources) {
 	must(s.t, s.bed.LB.Do(func() error {
 		links, err := netlink.LinkList()
 		for _, l := range links {
-			for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-				if res, err := link.QueryPrograms(link.QueryOptions{Target: l.Attrs().Index, Attach: at}); err == nil {
-					for _, p := range res.Programs {
-						ids["prog_id"][fmt.Sprint(p.ID)] = true
-						r["tcx programs"]++
-					}
-				}
-			}
-			if x := l.Attrs().Xdp; x != nil && x.Attached {
-				ids["prog_id"][fmt.Sprint(x.ProgId)] = true
-				r["XDP programs"]++
-			}
+			programsOf(l, ids["prog_id"], r)
 		}
 		return err
 	}))
@@ -245,6 +234,22 @@ func (s *soak) kernelObjects(dir string, r resources) {
 		mapsOfProgram(ids, id)
 	}
 	r["programs"], r["maps"], r["links"] = int64(len(ids["prog_id"])), int64(len(ids["map_id"])), int64(len(ids["link_id"]))
+}
+
+// programsOf counts the programs on an interface of this thread's namespace.
+func programsOf(l netlink.Link, ids map[string]bool, r resources) {
+	for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+		if res, err := link.QueryPrograms(link.QueryOptions{Target: l.Attrs().Index, Attach: at}); err == nil {
+			for _, p := range res.Programs {
+				ids[fmt.Sprint(p.ID)] = true
+				r["tcx programs"]++
+			}
+		}
+	}
+	if x := l.Attrs().Xdp; x != nil && x.Attached {
+		ids[fmt.Sprint(x.ProgId)] = true
+		r["XDP programs"]++
+	}
 }
 
 // collectIDs reads a file of /proc/PID/fdinfo.
