@@ -30,13 +30,17 @@ KERNELS      ?=
 MODES    ?= tc
 FUZZTIME ?= 30s
 
+# How long `make soak` takes in each mode; in CI the same test takes less.
+SNILB_SOAK   ?= 1h
+SOAK_TIMEOUT ?= 2h
+
 BPF_SOURCES = $(wildcard bpf/*.c bpf/*.h)
 GO_FOLDERS  = $(wildcard cmd loader maps scripts userspace)
 GENERATED   = $(addprefix maps/,snilb_bpfel.o snilb_bpfel.go snilb_xdp_bpfel.o snilb_xdp_bpfel.go)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build deb image test test-tools test-kernels lint unit e2e e2e-xdp bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
+.PHONY: help build deb image test test-tools test-kernels lint unit e2e e2e-xdp soak bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +91,12 @@ e2e-xdp: bpffs ## a part of the end-to-end tests by XDP, native and generic
 	@for mode in $(filter-out $(MODES),xdp xdp-generic); do \
 		echo "$(GO) test -count=1 ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'"; \
 		$(GO) test -count=1 -timeout 10m ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'; \
+	done
+
+soak: bpffs ## an hour of mixed load with kills, upgrades, reloads, failures and flaps (MODES="tc xdp", SNILB_SOAK=5m, SNILB_SEED=...)
+	@for mode in $(MODES); do \
+		echo "SNILB_SOAK=$(SNILB_SOAK) $(GO) test -count=1 -v -timeout $(SOAK_TIMEOUT) ./scripts/e2e -mode $$mode -run '^TestSoak$$'"; \
+		SNILB_SOAK=$(SNILB_SOAK) $(GO) test -count=1 -v -timeout $(SOAK_TIMEOUT) ./scripts/e2e -mode $$mode -run '^TestSoak$$'; \
 	done
 
 bench: bpffs build ## snilb beside HAProxy, nginx, sniproxy and netfilter, in half an hour; into the README too (MODES="tc xdp")

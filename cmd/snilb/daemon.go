@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -374,7 +375,7 @@ func (s *server) status() (statusDocument, error) {
 	c := s.config.Load()
 	d := statusDocument{
 		Name: s.o.name, PID: os.Getpid(), Version: version(), Uptime: time.Since(s.started).Round(time.Millisecond).Seconds(),
-		Ready: s.ready.Load(), Draining: s.draining.Load(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
+		Ready: s.ready.Load(), Draining: s.draining.Load(), Goroutines: runtime.NumGoroutine(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
 		Interfaces: []interfaceStatus{}, Pools: summarizePools(c), Engine: s.engine.Status(),
 	}
 	for _, i := range s.instance.Interfaces() {

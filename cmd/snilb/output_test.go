@@ -58,13 +58,13 @@ func TestPrintFlows(t *testing.T) {
 }
 
 func TestPrintStatus(t *testing.T) {
-	raw := json.RawMessage(`{"name":"edge","pid":7,"version":"v1","uptime_seconds":61.2,"ready":true,"routes":"r.yaml","reload":{"ok":false,"at":"2026-01-02T03:04:05Z","error":"r.yaml:1:2: bad\nr.yaml:2:2: worse"},` +
+	raw := json.RawMessage(`{"name":"edge","pid":7,"version":"v1","uptime_seconds":61.2,"ready":true,"goroutines":23,"routes":"r.yaml","reload":{"ok":false,"at":"2026-01-02T03:04:05Z","error":"r.yaml:1:2: bad\nr.yaml:2:2: worse"},` +
 		`"listeners":[{"name":":443"}],"interfaces":[{"name":"eth0","role":"xdp","mode":"xdp","hook":"xdp","packets":{"pass/not_tcp":3,"pass/left_frame":1,"answer/syn":5}},` +
 		`{"name":"eth0","role":"client","mode":"tc","hook":"tcx","packets":{"pass/not_tcp":2,"answer/syn":1}}],` +
 		`"pools":[{"name":"p","balance":"maglev","backends":[{"name":"b","address":"192.0.2.2:443","weight":1}]}],` +
 		`"engine":{"flows":10000000,"hellos":{"ok":2},"decisions":[{"pool":"p","count":2}],"connects":null}}`)
 	want := `instance   edge (pid 7, version v1)
-state      ready for 1m1s
+state      ready for 1m1s, 23 goroutines
 routes     r.yaml
            reload failed at %s, the earlier ones are in force: r.yaml:1:2: bad (and more)
 listener   :443

@@ -41,8 +41,9 @@ type statusDocument struct {
 	Uptime     float64           `json:"uptime_seconds"`
 	Ready      bool              `json:"ready"`
 	Draining   bool              `json:"draining"`
-	Routes     string            `json:"routes"` // the file
-	Reload     *reloadStatus     `json:"reload"` // when it was read last
+	Goroutines int               `json:"goroutines"` // which stay as many, but for those that serve the socket
+	Routes     string            `json:"routes"`     // the file
+	Reload     *reloadStatus     `json:"reload"`     // when it was read last
 	Listeners  []listenerSummary `json:"listeners"`
 	Interfaces []interfaceStatus `json:"interfaces"`
 	Pools      []poolSummary     `json:"pools"`
@@ -126,7 +127,7 @@ func printStatusTable(out io.Writer, raw json.RawMessage, s *statusDocument) err
 	}
 	w := newTable(out)
 	_, _ = fmt.Fprintf(w, "instance\t%s (pid %d, version %s)\n", s.Name, s.PID, s.Version)
-	_, _ = fmt.Fprintf(w, "state\t%s for %s\n", s.state(), time.Duration(s.Uptime*float64(time.Second)).Round(time.Second))
+	_, _ = fmt.Fprintf(w, "state\t%s for %s, %d goroutines\n", s.state(), time.Duration(s.Uptime*float64(time.Second)).Round(time.Second), s.Goroutines)
 	_, _ = fmt.Fprintf(w, "routes\t%s\n", s.Routes)
 	if s.Reload != nil {
 		_, _ = fmt.Fprintf(w, "\t%s\n", s.Reload)

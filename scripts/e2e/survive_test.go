@@ -302,3 +302,26 @@ func (d *daemon) waitLogged(text string) {
 	}
 	d.t.Fatalf("not said: %s", text)
 }
+
+// TestSurviveSourceClient has connections that speak to their backend from their client's address be taken over by a daemon whose
+// routes know nothing of that.
+func TestSurviveSourceClient(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, sourceRoutes(bed, "client"), "--on-exit", "keep")
+	old := openMany(t, bed, 2, "a.example.com")
+	wantAll(t, old, "b1", "a.example.com")
+	d.keep()
+	d = d.again(siteRoutes(bed))
+	for range 4 { // the daemon looks once a second whether anybody needs it
+		wantAll(t, old, "b1", "a.example.com")
+		time.Sleep(700 * time.Millisecond)
+	}
+	d.kill()
+	d = d.again(siteRoutes(bed))
+	wantAll(t, old, "b1", "a.example.com")
+	for _, c := range old {
+		_ = c.Close()
+	}
+	d.noFlows(20 * time.Second)
+}

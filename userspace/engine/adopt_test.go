@@ -54,6 +54,9 @@ func TestAdopt(t *testing.T) {
 			t.Errorf("flow %d: %+v, has its entry: %v", i, f, f.hasEntry(w))
 		}
 	}
+	if !d.sourceClient.Load() {
+		t.Error("at first the kernel is told that no flow has its client's port")
+	}
 	flows, err := d.Flows()
 	if err != nil || len(flows) != 25 {
 		t.Errorf("%d flows are shown, %v", len(flows), err)

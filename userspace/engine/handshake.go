@@ -155,13 +155,15 @@ func cookieOptions(cookie uint32, v4 bool) packet.Options {
 func (h *handshake) end() uint32 { return h.hello.Start() + uint32(len(h.hello.Bytes())) }
 
 // begunAnew reports whether a segment is of a later connection with the same cookie,
-// of which the kernel has answered the SYN: a hello that begins behind a gap.
+// of which the kernel has answered the SYN: a hello that begins behind a gap, or a FIN
+// without data that lies beyond our window.
 func (h *handshake) begunAnew(s *packet.Segment) bool {
 	next := h.refusedAt
 	if h.phase != refused {
 		next = h.end()
 	}
-	return int32(s.Seq-next) > 0 && hello.LooksLike(s.Payload) == nil
+	gap := int32(s.Seq - next)
+	return gap > 0 && hello.LooksLike(s.Payload) == nil || gap > windowToClient && s.Has(packet.FIN) && len(s.Payload) == 0
 }
 
 // add takes a segment with data, FIN or both.

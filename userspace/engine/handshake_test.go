@@ -448,3 +448,33 @@ func TestPendingIsCounted(t *testing.T) {
 		t.Errorf("%d bytes are held for nobody", n)
 	}
 }
+
+// A client that only looks whether the port is open is answered, also from the port of a connection that is over and not yet
+// forgotten: with another cookie, or in the same slot with the same one.
+func TestCloseAnew(t *testing.T) {
+	for name, routes := range map[string]string{"in its hello": "a.example.com", "refused": "x.example.com"} {
+		for ack, what := range map[uint32]string{5001: "the same cookie", 6001: "another cookie"} {
+			d := newDesk(t, "")
+			c := newClient(1)
+			first := helloOf(routes)
+			if name == "in its hello" {
+				first = first[:100]
+			}
+			d.sends(c, 1, first, 0)
+			if d.handshake(c) == nil {
+				t.Fatalf("%s: no handshake is remembered", name)
+			}
+			d.out = nil
+			d.clientSegment(1, &packet.Segment{
+				Src: c.addr, Dst: netip.MustParseAddrPort("203.0.113.1:443"), Seq: c.iss + 1 + 1<<20, Ack: ack,
+				Flags: packet.ACK | packet.FIN, Window: 1000,
+			})
+			if s := d.last(); s.Flags != packet.FIN|packet.ACK || s.Ack != c.iss+2+1<<20 || s.Seq != ack {
+				t.Errorf("%s, %s: answered by flags %#x, seq %d, ack %d", name, what, s.Flags, s.Seq, s.Ack)
+			}
+			if d.handshake(c) != nil {
+				t.Errorf("%s, %s: a handshake is kept for it", name, what)
+			}
+		}
+	}
+}

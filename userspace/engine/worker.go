@@ -275,13 +275,13 @@ func (w *worker) clientSegment(listener uint16, s *packet.Segment) {
 		f.remove(w, "replaced")
 	}
 	h := w.handshakes[c]
-	switch {
-	case h != nil && (h.cookie != cookie || h.begunAnew(s)):
+	if h != nil && (h.cookie != cookie || h.begunAnew(s)) {
 		// A new connection from the same port; the old one is over.
 		h.release(w, true)
 		w.drop(h)
 		h = nil
-	case h == nil && len(s.Payload) == 0:
+	}
+	if h == nil && len(s.Payload) == 0 {
 		w.closeUnopened(s)
 		return
 	}
