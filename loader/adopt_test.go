@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -522,4 +523,82 @@ func TestAdoptHops(t *testing.T) {
 	if written[one].Ifindex != 3 {
 		t.Errorf("an adopted entry does not follow its route: %+v", written[one])
 	}
+}
+
+// An entry whose interface was gone when the daemon died is all zero, but flows have its index: nobody else may get it,
+// and it is for them again when they have a way.
+func TestAdoptHopsWithoutLink(t *testing.T) {
+	gateways := map[netip.Addr]route{
+		addr("192.0.2.1"): {ifindex: 2, gateway: addr("10.9.0.254")},
+		addr("192.0.2.3"): {ifindex: 2, gateway: addr("10.9.0.253")},
+	}
+	written := make(map[uint16]maps.Nexthop)
+	table := newHopTable(
+		func(index uint32, hop *maps.Nexthop) error { written[uint16(index)] = *hop; return nil },
+		func(dst netip.Addr) (route, error) {
+			if r, ok := gateways[dst]; ok {
+				return r, nil
+			}
+			return route{}, ErrUnreachable
+		},
+	)
+	link := func(int) linkInfo { return linkInfo{mtu: 1500} }
+	const moved, waiting = 1, 3 // and 2 is free
+	table.adopt(map[uint16]maps.Nexthop{}, map[uint16][]netip.Addr{
+		moved: {addr("192.0.2.1")}, waiting: {addr("192.0.2.2")},
+	}, link)
+	must(t, table.refresh(link))
+	if written[moved].Gateway != maps.Words(addr("10.9.0.254")) || written[waiting].Ifindex != 0 {
+		t.Errorf("written: %+v", written)
+	}
+	for _, want := range []uint16{2, 4} {
+		dst := addr("192.0.2.3")
+		gateways[dst] = route{ifindex: 2, gateway: addr("10.9.0." + strconv.Itoa(int(want)))}
+		index, _, _, err := table.index(dst, gateways[dst], link(2))
+		if must(t, err); index != want {
+			t.Errorf("a new destination gets entry %d, not %d", index, want)
+		}
+	}
+	gateways[addr("192.0.2.2")] = route{ifindex: 2, gateway: addr("10.9.0.252")}
+	must(t, table.refresh(link))
+	if written[waiting].Gateway != maps.Words(addr("10.9.0.252")) {
+		t.Errorf("what waited for a way has %+v", written[waiting])
+	}
+}
+
+// A worker may send by an interface that was made again before its messages are read: the new link stays pinned.
+func TestNewLinkStaysPinned(t *testing.T) {
+	bothHooks(t, func(t *testing.T, kind string, clsact bool) {
+		ns := newNetns(t)
+		addVeth(t, "eth0", "10.9.0.1/24")
+		addVeth(t, "eth1", "10.8.0.1/24")
+		o := testOptions(t, "eth0")
+		o.forceClsact = clsact
+		i := loadAttached(t, o)
+		_, err := i.AddBackend(addrPort("10.8.0.7:443"))
+		must(t, err)
+		must(t, netlink.LinkDel(device(t, "eth1")))
+		addVeth(t, "eth1", "10.8.0.1/24")
+		i.cache.flush()
+		nextHop(t, i, "10.8.0.7")
+		must(t, i.resyncInterfaces())
+		if kind == "tcx" {
+			h, err := openPinnedLink(linkPin(i.dir, "eth1", RoleBackend), RoleBackend)
+			must(t, err)
+			if ifindex, err := h.ifindex(); err != nil || ifindex != device(t, "eth1").Attrs().Index {
+				t.Errorf("the pin is of interface %d, %v", ifindex, err)
+			}
+			must(t, h.release())
+		}
+		if got := programsOn(t, device(t, "eth1")); len(got) != 1 {
+			t.Errorf("on eth1: %q", got)
+		}
+		if len(i.gone) != 0 {
+			t.Errorf("%d programs are kept for interfaces that are back", len(i.gone))
+		}
+		must(t, i.Close())
+		if got := snapshot(t, ns); slices.ContainsFunc(got, func(s string) bool { return strings.Contains(s, "snilb") || strings.Contains(s, "clsact") }) {
+			t.Errorf("left: %q", got)
+		}
+	})
 }

@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -158,7 +159,8 @@ func (i *Instance) settle(dst netip.Addr, r route, mtu int) error {
 	if !r.source.IsValid() {
 		return fmt.Errorf("%w with a source address; give interface %s an address of that family", ErrUnreachable, device.Attrs().Name)
 	}
-	if err := i.attachTowards(device); err != nil {
+	// The interface may be new under an old name: what is known of that must not be mixed up with it.
+	if err := errors.Join(i.forgetDead(), i.attachTowards(device)); err != nil {
 		return err
 	}
 	for _, path := range i.backends.missing(dst, r, mtu) {

@@ -175,7 +175,10 @@ func (h *clsactHook) release() error { return nil }
 
 func (h *clsactHook) alive() bool {
 	filters, err := listFilters(h.ns, h.filter.LinkIndex, ingress)
-	return err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool {
+	if err != nil {
+		return !isGone(err) // see linkHook.alive
+	}
+	return slices.ContainsFunc(filters, func(f netlink.Filter) bool {
 		b, ok := f.(*netlink.BpfFilter)
 		return ok && b.Name == h.filter.Name
 	})

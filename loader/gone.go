@@ -65,6 +65,9 @@ func (i *Instance) reattachTowards() error {
 		if err != nil || !isEthernet(device) {
 			continue // still away: its coming back is a change too
 		}
+		if i.attached[attachKey{device.Attrs().Index, RoleBackend}] != nil {
+			continue // a worker that sends there was first
+		}
 		err = i.attachTowards(device)
 		if err == nil {
 			i.log.Info("attached again", "interface", g.iface, "role", g.role)

@@ -255,31 +255,48 @@ func (t *hopTable) homeOrNew(key hopKey) (uint16, error) {
 func (t *hopTable) adopt(written map[uint16]maps.Nexthop, samples map[uint16][]netip.Addr, link func(ifindex int) linkInfo) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	last := uint16(0)
+	asked := make(map[int]linkInfo)
+	link = func(ask func(int) linkInfo) func(int) linkInfo {
+		return func(ifindex int) linkInfo {
+			if _, ok := asked[ifindex]; !ok {
+				asked[ifindex] = ask(ifindex)
+			}
+			return asked[ifindex]
+		}
+	}(link)
+	last := 0
 	for index := range written {
-		last = max(last, index)
+		last = max(last, int(index))
 	}
-	for index := uint16(1); index <= last && index > 0; index++ {
-		value := written[index]
-		h := hop{written: value, samples: samples[index]}
-		if value.Ifindex == 0 || len(h.samples) == 0 {
-			t.free = append(t.free, index)
-			h.samples = nil
-		} else {
-			h.link = link(int(value.Ifindex))
-			h.key = t.keyWritten(&h)
-			h.home = h.key
+	for index := range samples {
+		last = max(last, int(index)) // whose interface is gone: nothing is written
+	}
+	for n := 1; n <= last; n++ {
+		index := uint16(n)
+		h := hop{written: written[index], samples: samples[index]}
+		if h.key = t.keyWritten(&h, link); h.key.ifindex != 0 {
+			h.home, h.link = h.key, link(h.key.ifindex)
 			if _, ok := t.byKey[h.key]; !ok {
 				t.byKey[h.key], t.byHome[h.key] = index, index
 			}
+		}
+		if len(h.samples) == 0 {
+			t.free = append(t.free, index)
 		}
 		t.hops = append(t.hops, h)
 	}
 }
 
 // keyWritten is what an entry was written for. What made its MTU less than the link's is not written: what the
-// route does not explain is a limit.
-func (t *hopTable) keyWritten(h *hop) hopKey {
+// route does not explain is a limit. One that nothing is written of was for an interface that is gone: it is for where its
+// destinations are now, and follows them if they are nowhere. Returns the zero key for that, and for one without flows.
+func (t *hopTable) keyWritten(h *hop, link func(ifindex int) linkInfo) hopKey {
+	switch {
+	case len(h.samples) == 0:
+		return hopKey{}
+	case h.written.Ifindex == 0:
+		return t.follow(h)
+	}
 	key := hopKey{ifindex: int(h.written.Ifindex), family: h.written.Family}
 	if h.written.Gateway != [4]uint32{} {
 		key.gateway = maps.Addr(h.written.Gateway)
@@ -292,7 +309,7 @@ func (t *hopTable) keyWritten(h *hop) hopKey {
 			key.mtu = now.mtu
 		}
 	}
-	if mtu := int(h.written.Mtu); mtu < key.effectiveMTU(h.link.mtu) {
+	if mtu := int(h.written.Mtu); mtu < key.effectiveMTU(link(key.ifindex).mtu) {
 		key.limit = mtu
 	}
 	return key
@@ -418,12 +435,9 @@ func (t *hopTable) refresh(link func(ifindex int) linkInfo) error {
 	now := make([]hopKey, len(before))
 	links := make(map[int]linkInfo)
 	for n := 1; n < len(before); n++ {
-		if before[n].key.ifindex == 0 {
-			continue // free
-		}
 		now[n] = t.follow(&before[n])
 		for _, ifindex := range []int{before[n].key.ifindex, now[n].ifindex} {
-			if _, asked := links[ifindex]; !asked {
+			if _, asked := links[ifindex]; !asked && ifindex != 0 {
 				links[ifindex] = link(ifindex)
 			}
 		}
@@ -434,9 +448,6 @@ func (t *hopTable) refresh(link func(ifindex int) linkInfo) error {
 	var errs []error
 	for n := 1; n < len(before); n++ {
 		h := &t.hops[n]
-		if before[n].key.ifindex == 0 {
-			continue
-		}
 		if h.key == before[n].key && now[n] != h.key { // else a worker saw the change first
 			t.move(uint16(n), now[n])
 		}

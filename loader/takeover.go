@@ -23,7 +23,11 @@ func (i *Instance) takeOver(a *attachment, device netlink.Link) (hook, error) {
 	if err != nil {
 		return nil, err
 	}
-	if h.ifindex() != a.ifindex || a.role == RoleXDP && !hasXDPMode(device, a.mode) {
+	ifindex, err := h.ifindex()
+	if err != nil {
+		return nil, errors.Join(err, h.release())
+	}
+	if ifindex != a.ifindex || a.role == RoleXDP && !hasXDPMode(device, a.mode) {
 		return nil, h.detach() // of an interface that had the name before, or in another mode
 	}
 	if err := h.link.Update(a.prog); err != nil {
@@ -119,8 +123,8 @@ func (i *Instance) leftLinks() ([]leftAttachment, error) {
 		if err != nil {
 			return nil, err
 		}
-		left.ifindex = h.ifindex()
-		if err := h.release(); err != nil {
+		left.ifindex, err = h.ifindex()
+		if err := errors.Join(err, h.release()); err != nil {
 			return nil, err
 		}
 		if left.device, err = i.ns.LinkByIndex(left.ifindex); err != nil {

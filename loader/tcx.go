@@ -5,6 +5,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -66,27 +67,47 @@ func (h *linkHook) detach() error {
 	if errors.Is(err, unix.ENOLINK) {
 		err = nil
 	}
-	if h.pinned != "" {
+	if h.isPinned() {
 		err = errors.Join(err, removeFile(h.pinned))
 	}
 	return errors.Join(err, h.link.Close())
 }
 
+// isPinned reports whether the pin is of this link, and not of a later one on an interface of the same name.
+func (h *linkHook) isPinned() bool {
+	if h.pinned == "" {
+		return false
+	}
+	there, err := link.LoadPinnedLink(h.pinned, nil)
+	if err != nil {
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	defer there.Close() //nolint:errcheck // only read
+	ours, err := h.link.Info()
+	theirs, theirErr := there.Info()
+	return err != nil || theirErr != nil || ours.ID == theirs.ID
+}
+
 func (h *linkHook) release() error { return h.link.Close() }
 
-func (h *linkHook) alive() bool { return h.ifindex() != 0 }
+// alive: a program that cannot be asked about is not taken for dead, as it would be taken off.
+func (h *linkHook) alive() bool {
+	ifindex, err := h.ifindex()
+	return err != nil || ifindex != 0
+}
 
 // ifindex is of the interface that the link is on, 0 if that is gone.
-func (h *linkHook) ifindex() int {
+func (h *linkHook) ifindex() (int, error) {
 	info, err := h.link.Info()
 	switch {
 	case err != nil:
+		return 0, fmt.Errorf("ask for a link: %w", err)
 	case info.TCX() != nil:
-		return int(info.TCX().Ifindex)
+		return int(info.TCX().Ifindex), nil
 	case info.XDP() != nil:
-		return int(info.XDP().Ifindex)
+		return int(info.XDP().Ifindex), nil
 	}
-	return 0
+	return 0, fmt.Errorf("a link of type %d, not of tcx or XDP", info.Type)
 }
 
 // openPinnedLink returns an error that is fs.ErrNotExist if there is none.
