@@ -255,7 +255,7 @@ func TestSurviveLayout(t *testing.T) {
 	_, err = d.snilb("detach", "--all", "--name", d.name)
 	must(t, err)
 	assertClean(t, bed, d.name)
-	d = d.again(siteRoutes(bed))
+	d.again(siteRoutes(bed))
 	got, err := goClient(t, bed, vip(bed, false), "a.example.com")
 	wantBody(t, got, err, "b1", "a.example.com")
 }
@@ -315,7 +315,7 @@ func TestSurviveSourceClient(t *testing.T) {
 		time.Sleep(700 * time.Millisecond)
 	}
 	d.kill()
-	d = d.again(siteRoutes(bed))
+	d = d.again(sourceRoutes(bed, "nat"))
 	wantAll(t, old, "b1", "a.example.com")
 	for _, c := range old {
 		_ = c.Close()
