@@ -40,15 +40,15 @@ type soak struct {
 	second     [4]string // ours and theirs on the second path to the backends, by family
 	uplink     int       // that leads to the extra addresses
 
-	counts           map[string]int // events, by name
-	orphaned         int
-	daemons          int
-	slowestStart     time.Duration
-	peak             int
-	lastOrphaned     int // of the daemon that runs
-	lastUnreachable  int
-	unreachable      int
-	warm, under, end resources
+	counts          map[string]int // events, by name
+	orphaned        int
+	daemons         int
+	slowestStart    time.Duration
+	peak            int
+	lastOrphaned    int // of the daemon that runs
+	lastUnreachable int
+	unreachable     int
+	warm, under     resources
 }
 
 // TestSoak is the long run: clients of all kinds, while the daemon is killed, upgraded, stopped and reloaded, backends fail and
@@ -153,7 +153,7 @@ func (s *soak) look() {
 	s.peak = max(s.peak, e.Flows)
 	orphaned, unreachable := int(e.Hellos["orphaned"]), 0
 	for _, c := range e.Connects {
-		if c.Result == "unreachable" {
+		if c.Result == "unreachable" || c.Result == "no_route_to_client" {
 			unreachable += int(c.Count)
 		}
 	}
@@ -251,8 +251,8 @@ func (s *soak) summary(first, last resources) {
 	for _, e := range soakEvents {
 		_, _ = fmt.Fprintf(&b, "  %-18s %6d\n", e.name, s.counts[e.name])
 	}
-	s.load.total.print(&b)
-	_, _ = fmt.Fprintf(&b, "  hellos orphaned %d, attempts at backends without a route %d, most flows at once %d\n", s.orphaned, s.unreachable, s.peak)
+	s.load.print(&b)
+	_, _ = fmt.Fprintf(&b, "  hellos orphaned %d, attempts without a route to the backend or the client %d, most flows at once %d\n", s.orphaned, s.unreachable, s.peak)
 	s.said.print(&b)
 	_, _ = fmt.Fprintf(&b, "the first daemon idle, the last one idle; the last one after its warm-up and in the end, both under load\n")
 	for _, name := range resourceNames() {

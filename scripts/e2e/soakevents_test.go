@@ -310,8 +310,6 @@ func (d *diary) begin(name string) (end func()) {
 	}
 }
 
-func (d *diary) note(name string) { d.begin(name)() }
-
 // during says whether something of these names went on at some time since then.
 func (d *diary) during(since time.Time, names ...string) bool {
 	d.mu.Lock()

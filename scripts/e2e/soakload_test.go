@@ -49,7 +49,7 @@ type soakFailure struct {
 	err    error
 	reset  bool   // in the handshake
 	killed bool   // a daemon was replaced in the meantime
-	noWay  bool   // or there was no route to a backend for a moment
+	noWay  bool   // or there was no route for a moment
 	before string // what happened
 }
 
@@ -125,7 +125,7 @@ func (l *soakLoad) count(kind string, began time.Time, err error) {
 	if err != nil {
 		t.failures = append(t.failures, soakFailure{
 			kind: kind, at: time.Now(), err: err, reset: isReset(err) && !errors.As(err, new(brokenError)),
-			killed: l.s.during(began, "kill", "upgrade"), noWay: l.s.during(began, "backend link", "route flushed"), before: l.s.before(),
+			killed: l.s.during(began, "kill", "upgrade"), noWay: l.s.during(began, awayEvents...), before: l.s.before(),
 		})
 	}
 }
@@ -155,8 +155,11 @@ func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
+// awayEvents take routes away for a moment.
+var awayEvents = []string{"backend link", "route flushed", "client link", "second uplink", "uplink unplugged"}
+
 // judge fails for what nothing explains. Who is reset in its handshake may be one of those whose hello a dead daemon had
-// acknowledged, or who came when no route led to any backend: as many as the daemons have counted.
+// acknowledged, or who came when no route led to any backend or back to the client: as many as the daemons have counted.
 func (s *soak) judge() {
 	orphaned, unreachable := s.orphaned, s.unreachable
 	for _, f := range s.load.failures {

@@ -318,7 +318,7 @@ func TestSurviveSourceClient(t *testing.T) {
 		time.Sleep(700 * time.Millisecond)
 	}
 	d.kill()
-	d = d.again(siteRoutes(bed))
+	d = d.again(sourceRoutes(bed, "nat"))
 	wantAll(t, old, "b1", "a.example.com")
 	for _, c := range old {
 		_ = c.Close()
