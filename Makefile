@@ -40,7 +40,7 @@ GENERATED   = $(addprefix maps/,snilb_bpfel.o snilb_bpfel.go snilb_xdp_bpfel.o s
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build deb image test test-tools test-kernels lint unit e2e e2e-xdp soak bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
+.PHONY: help build deb image test test-tools test-kernels lint unit e2e e2e-xdp survive soak bpffs generate generate-check fmt fuzz bench bench-flood bench-memory bench-programs bench-packets bench-short demo clean
 
 help: ## show what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,11 +86,18 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 	done
 
 # In the modes that MODES leaves out, what differs most between them; all of the suite is: make e2e MODES="xdp xdp-generic".
-XDP_TESTS = ^Test(Names|Flows|Kill|HelloInPieces|PostQuantum|Uplinks|OneArmed|LiveProxy|Neighbours|HalfClose|ResetEither|LossSACK|PathMTU|ShrinkingLink|SourceClient|StacksSYN|StacksClient|Bulk|MTU|UnknownFlow|SynAck|ProxyIn)$$
+XDP_TESTS = ^Test(Names|Flows|Kill|SurviveKill|SurviveUpgrade|SurviveOwned|DeadProxy|Privileges|ReloadInHello|HelloInPieces|PostQuantum|Uplinks|OneArmed|LiveProxy|Neighbours|HalfClose|ResetEither|LossSACK|PathMTU|ShrinkingLink|SourceClient|StacksSYN|StacksClient|Bulk|MTU|UnknownFlow|SynAck|ProxyIn)$$
 e2e-xdp: bpffs ## a part of the end-to-end tests by XDP, native and generic
 	@for mode in $(filter-out $(MODES),xdp xdp-generic); do \
 		echo "$(GO) test -count=1 ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'"; \
-		$(GO) test -count=1 -timeout 10m ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'; \
+		SNILB_UPGRADES=4 SNILB_KILLS=3 $(GO) test -count=1 -timeout 10m ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'; \
+	done
+
+# Those of make test do less of each.
+survive: bpffs ## a hundred upgrades and fifty kills under load, in ten minutes a mode (MODES="tc xdp")
+	@for mode in $(MODES); do \
+		SNILB_UPGRADES=100 SNILB_KILLS=50 $(GO) test -count=1 -v -timeout 30m ./scripts/e2e -mode $$mode -run '^TestSurvive(Kill|Upgrade)$$' 2>&1 | \
+			grep --line-buffered -E '^(--- |ok|PASS|FAIL|panic:| .*(kills|upgrades|_test.go:))'; \
 	done
 
 soak: bpffs ## an hour of mixed load with kills, upgrades, reloads, failures and flaps (MODES="tc xdp", SNILB_SOAK=5m, SNILB_SEED=...)

@@ -13,7 +13,8 @@ import (
 
 // counters is what the tests read of `snilb status -o json`.
 type counters struct {
-	Engine struct {
+	Version string `json:"version"`
+	Engine  struct {
 		Flows      int               `json:"flows"`
 		HalfOpen   int               `json:"half_open"`
 		HelloBytes int64             `json:"hello_bytes"`

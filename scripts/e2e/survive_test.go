@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -139,7 +140,21 @@ func (s *survivors) close() {
 	}
 }
 
-// TestSurviveUpgrade has one daemon follow the other under load, by --on-exit keep. Nothing is lost.
+// otherVersions are the binary under test and one that says that it is another version.
+func otherVersions(t *testing.T) []string {
+	t.Helper()
+	need(t, "the snilb binary", binaryErr)
+	path := filepath.Join(t.TempDir(), "snilb")
+	out, err := exec.Command("go", "build", "-buildvcs=false", "-ldflags", "-X main.release=next", "-o", path, "snilb/cmd/snilb").CombinedOutput()
+	if err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	before := binary
+	t.Cleanup(func() { binary = before })
+	return []string{before, path}
+}
+
+// TestSurviveUpgrade has a daemon of another version follow again and again under load, by --on-exit keep. Nothing is lost.
 func TestSurviveUpgrade(t *testing.T) {
 	bed := newBed(t, testbed.Options{})
 	startBackends(t, bed)
@@ -148,10 +163,15 @@ func TestSurviveUpgrade(t *testing.T) {
 	old := openSurvivors(t, bed)
 	l := startLoad(t, bed, "a.example.com")
 	upgrades := times(t, "SNILB_UPGRADES", 15)
-	for range upgrades {
+	versions := otherVersions(t)
+	for n := range upgrades {
 		l.since(l.asked.Load(), 3)
 		d.keep()
+		binary = versions[(n+1)%len(versions)]
 		d = d.again(siteRoutes(bed), args...)
+		if version := d.counters().Version; (version == "next") != (binary == versions[1]) {
+			t.Errorf("version %s runs after upgrade %d", version, n)
+		}
 		if n := d.counters().Engine.Hellos["orphaned"]; n != 0 {
 			t.Errorf("%d connections were left in the middle of their hello", n)
 		}
