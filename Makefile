@@ -80,7 +80,7 @@ e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	for mode in $(MODES); do \
 		echo "$(GO) test -count=1 -v ./scripts/e2e -mode $$mode"; \
-		$(GO) test -count=1 -v -timeout 25m ./scripts/e2e -mode $$mode 2>&1 | tee "$$log" | \
+		$(GO) test -count=1 -v -timeout 40m ./scripts/e2e -mode $$mode 2>&1 | tee "$$log" | \
 			grep --line-buffered -E '^(--- |ok|PASS|FAIL|panic:| +--- (FAIL|SKIP))' || \
 			{ echo "--- the whole output, mode $$mode:"; cat "$$log"; exit 1; }; \
 	done

@@ -105,7 +105,7 @@ func TestSurviveKill(t *testing.T) {
 	old.wantAlive(t)
 	l := startLoad(t, bed, "a.example.com")
 	orphaned := 0
-	kills := times(t, "SNILB_KILLS", 8)
+	kills := times(t, "SNILB_KILLS", 5)
 	for n := range kills {
 		l.since(l.asked.Load(), 5)
 		time.Sleep(rand.N(300 * time.Millisecond))
@@ -162,7 +162,7 @@ func TestSurviveUpgrade(t *testing.T) {
 	d := attach(t, bed, siteRoutes(bed), args...)
 	old := openSurvivors(t, bed)
 	l := startLoad(t, bed, "a.example.com")
-	upgrades := times(t, "SNILB_UPGRADES", 15)
+	upgrades := times(t, "SNILB_UPGRADES", 8)
 	versions := otherVersions(t)
 	for n := range upgrades {
 		l.since(l.asked.Load(), 3)
