@@ -26,7 +26,7 @@ const (
 )
 
 // journal is the file that tells the next daemon what the kernel's entries do not hold of a flow: its name, cookie, origin and age,
-// and what its ids mean. What it lacks costs no flow, so no worker ever waits for it: they note what they bind in memory, under
+// what its ids mean, and what backends lack. What it lacks costs no flow, so no worker ever waits for it: they note what they bind in memory, under
 // locks that they hold anyway, and one goroutine writes. Ends are not noted: the entry is gone then.
 type journal struct {
 	e       *Engine
@@ -189,6 +189,10 @@ func (j *journal) flush() (again bool, err error) {
 			return false, err
 		}
 	}
+	j.spare = j.e.peers.journal(j.spare[:0], false)
+	if err := j.put(j.spare); err != nil {
+		return false, err
+	}
 	return again || j.size > journalSmall && noted > 2*j.e.Bound(), nil
 }
 
@@ -228,7 +232,7 @@ func (j *journal) writeAll() error {
 	for _, w := range j.e.workers {
 		w.beginDiary()
 	}
-	if err := j.put(j.ids()); err != nil {
+	if err := j.put(j.e.peers.journal(j.ids(), true)); err != nil {
 		return err
 	}
 	for _, w := range j.e.workers {

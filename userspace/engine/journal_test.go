@@ -506,6 +506,7 @@ func FuzzJournal(f *testing.F) {
 		{kind: recordRoute, number: 1, route: "r"},
 		{kind: recordWay, number: 64, id: 1, pool: "p", name: "n", backend: addr, route: "r"},
 		{kind: recordFlow, number: 64, connection: connection{addr, addr}, generation: 1, cookie: 2, bound: 3, sni: "a.example.com"},
+		{kind: recordPeer, backend: addr, peer: peer{mss: 1400, noTimestamps: true}},
 		{kind: recordFlow, number: 64, connection: connection{addr, addr}, origin: netip.MustParseAddrPort("[2001:db8::1]:443")},
 	} {
 		f.Add(r.append(nil)[recordHeader:])

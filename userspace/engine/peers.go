@@ -21,12 +21,14 @@ const leastAnnounced = 1220
 type peers struct {
 	mu     sync.Mutex
 	byAddr map[netip.AddrPort]peer
+	news   map[netip.AddrPort]bool // that the journal has not
 }
 
 // peer is one backend's stack, as far as it was offered anything.
 type peer struct {
 	mss                  uint16
 	noSACK, noTimestamps bool
+	guessed              bool // by what an earlier daemon announced: see guess
 }
 
 // learn notes a SYN-ACK to a SYN with the options offered, and reports whether it
@@ -43,25 +45,80 @@ func (p *peers) learn(backend netip.AddrPort, offered, said *packet.Options) boo
 	if offered.HasTimestamps {
 		now.noTimestamps = !said.HasTimestamps
 	}
+	bothOffered := offered.SACKPermitted && offered.HasTimestamps
+	now.guessed = now.guessed && !bothOffered && (now.noSACK || now.noTimestamps)
 	if known && now == old {
 		return false
 	}
-	if p.byAddr == nil {
-		p.byAddr = make(map[netip.AddrPort]peer)
-	}
-	p.byAddr[backend] = now
+	p.set(backend, now)
 	return true
 }
 
-// keep forgets all others.
+// set notes what is known of a backend now. With mu held.
+func (p *peers) set(backend netip.AddrPort, now peer) {
+	if p.byAddr == nil {
+		p.byAddr, p.news = make(map[netip.AddrPort]peer), make(map[netip.AddrPort]bool)
+	}
+	p.byAddr[backend], p.news[backend] = now, true
+}
+
+// keep forgets all others, and what was only guessed: without the backend whose lack it was, nobody would ever be offered
+// timestamps again, and so no backend could show that it has them.
 func (p *peers) keep(backends map[netip.AddrPort]bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for addr := range p.byAddr {
-		if !backends[addr] {
+	for addr, one := range p.byAddr {
+		if !backends[addr] || one.guessed {
 			delete(p.byAddr, addr)
+			delete(p.news, addr)
 		}
 	}
+}
+
+// recall takes over what an earlier daemon learned.
+func (p *peers) recall(backend netip.AddrPort, known peer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.set(backend, known)
+}
+
+// guess is for when nobody knows whose lack it was that an earlier daemon went by: everyone's, of whom nothing is known. Better
+// all clients go without than that those of one pool are promised what they will be refused.
+func (p *peers) guess(backends []netip.AddrPort, was announcement, mss4, mss6 uint16) {
+	lacks := peer{noSACK: was.flags&maps.LiveNoSACK != 0, noTimestamps: was.flags&maps.LiveNoTimestamps != 0, guessed: true}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, addr := range backends {
+		one, most := lacks, mss4
+		if one.mss = was.mss4; addr.Addr().Is6() {
+			one.mss, most = was.mss6, mss6
+		}
+		_, known := p.byAddr[addr]
+		if !known && (one.mss < most || one.noSACK || one.noTimestamps) {
+			p.set(addr, one)
+		}
+	}
+}
+
+// journal adds to b what is known of all backends, or what is new since the last time.
+func (p *peers) journal(b []byte, all bool) []byte {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	note := func(addr netip.AddrPort) {
+		r := record{kind: recordPeer, backend: addr, peer: p.byAddr[addr]}
+		b = r.append(b)
+	}
+	if all {
+		for addr := range p.byAddr {
+			note(addr)
+		}
+	} else {
+		for addr := range p.news {
+			note(addr)
+		}
+	}
+	clear(p.news)
+	return b
 }
 
 // announcement is what SYN-ACKs to clients say.

@@ -5,6 +5,7 @@ package engine
 import (
 	"errors"
 	"io/fs"
+	"net/netip"
 
 	"snilb/maps"
 	"snilb/userspace/pool"
@@ -68,17 +69,21 @@ func (j *journal) knownIDs() (ids, error) {
 	return found, err
 }
 
-// recall reads from the journal what is known of the flows that were adopted. What it says counts only for the very flow.
-func (a *adoption) recall(j *journal) {
+// recall reads from the journal what is known of the flows that were adopted, and of backends. What it says counts only for the
+// very flow. Returns whether there was a journal, and it was whole.
+func (a *adoption) recall(j *journal) (whole bool) {
 	if j == nil {
-		return
+		return false
 	}
 	r, err := openJournal(j.path, j.boot)
 	if err != nil {
-		return // there is none, or knownIDs has told
+		return false // there is none, or knownIDs has told
 	}
 	defer func() { _ = r.Close() }()
-	ways := make(map[uint32]way)
+	ways, backends := make(map[uint32]way), make(map[netip.AddrPort]bool)
+	for _, addr := range a.e.plan.Load().Backends() {
+		backends[addr] = true
+	}
 	var one record
 	for r.next(&one) {
 		switch one.kind {
@@ -87,11 +92,27 @@ func (a *adoption) recall(j *journal) {
 			ways[one.number] = way{backend: b, timeouts: a.names.timeouts(b.Pool), route: one.route}
 		case recordFlow:
 			a.recallFlow(&one, ways[one.number])
+		case recordPeer:
+			if backends[one.backend] {
+				a.e.peers.recall(one.backend, one.peer)
+			}
 		}
 	}
 	if r.torn {
 		a.e.o.Log.Warn("journal is cut off or damaged: the flows behind that are taken over without their names")
 	}
+	return !r.torn
+}
+
+// recallPeers takes from the kernel's table what no journal tells of backends.
+func (e *Engine) recallPeers() error {
+	was, err := e.o.Tables.Live()
+	if err != nil || was.Mss4 == 0 { // there was no daemon
+		return err
+	}
+	mss4, mss6 := e.o.MSS()
+	e.peers.guess(e.plan.Load().Backends(), announcement{was.Mss4, was.Mss6, was.Flags}, mss4, mss6)
+	return nil
 }
 
 // recallFlow takes over what a record says of a flow, v being its way.

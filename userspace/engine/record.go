@@ -31,6 +31,7 @@ const (
 	recordRoute              // number: an id in backends' entries; what it means
 	recordWay                // number: what flows' records mean by it from here on
 	recordFlow               // number: of its way
+	recordPeer               // number: 0
 )
 
 // record is one of any kind.
@@ -40,7 +41,7 @@ type record struct {
 
 	id         uint16         // of a way's backend
 	pool, name string         // of a backend or way
-	backend    netip.AddrPort // of a backend or way
+	backend    netip.AddrPort // of a backend, way or peer
 	route      string         // of a route or way
 
 	connection
@@ -50,6 +51,8 @@ type record struct {
 	bound           int64
 	outlived        [2]bool
 	sni             string
+
+	peer peer
 }
 
 const (
@@ -79,6 +82,9 @@ func (r *record) append(b []byte) []byte {
 		b = binary.LittleEndian.AppendUint32(b, r.cookie)
 		b = binary.LittleEndian.AppendUint64(b, uint64(r.bound))
 		b = appendText(append(b, flag(r.outlived[0])|flag(r.outlived[1])<<1), r.sni)
+	case recordPeer:
+		b = binary.LittleEndian.AppendUint16(appendAddr(b, r.backend), r.peer.mss)
+		b = append(b, flag(r.peer.noSACK)|flag(r.peer.noTimestamps)<<1|flag(r.peer.guessed)<<2)
 	}
 	body := b[start+recordHeader:]
 	binary.LittleEndian.PutUint16(b[start:], uint16(len(body)))
@@ -121,6 +127,10 @@ func (r *record) parse(body []byte) bool {
 		outlived := f.byte()
 		r.outlived = [2]bool{outlived&1 != 0, outlived&2 != 0}
 		r.sni = f.text()
+	case recordPeer:
+		r.backend, r.peer.mss = f.addr(), f.u16()
+		lacks := f.byte()
+		r.peer.noSACK, r.peer.noTimestamps, r.peer.guessed = lacks&1 != 0, lacks&2 != 0, lacks&4 != 0
 	default:
 		return false
 	}
