@@ -31,6 +31,12 @@ routes:
 // binds has a client's connection come and its backend answer, until the flow is bound.
 func (d *daemon) binds(client string, site string, header string) *flow {
 	d.t.Helper()
+	return d.bindsWith(packet.Options{MSS: 1400}, client, site, header)
+}
+
+// bindsWith is binds where the backend's SYN-ACK has these options.
+func (d *daemon) bindsWith(said packet.Options, client string, site string, header string) *flow {
+	d.t.Helper()
 	w := d.workers[0]
 	c := connection{client: netip.MustParseAddrPort(client), listener: netip.MustParseAddrPort("192.0.2.1:443")}
 	if c.client.Addr().Is6() {
@@ -47,7 +53,7 @@ func (d *daemon) binds(client string, site string, header string) *flow {
 	}
 	w.backendSegment(&packet.Segment{
 		Src: h.attempt.backend.Addr, Dst: h.attempt.local.AddrPort, Seq: 9000, Ack: h.attempt.isn + 1,
-		Flags: packet.SYN | packet.ACK, Window: 1000, Options: packet.Options{MSS: 1400},
+		Flags: packet.SYN | packet.ACK, Window: 1000, Options: said,
 	})
 	f := w.flows.byClient(c)
 	if f == nil {

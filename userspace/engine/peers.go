@@ -22,6 +22,7 @@ type peers struct {
 	mu     sync.Mutex
 	byAddr map[netip.AddrPort]peer
 	news   map[netip.AddrPort]bool // that the journal has not
+	said   announcement            // the last one that was asked for
 }
 
 // peer is one backend's stack, as far as it was offered anything.
@@ -31,8 +32,8 @@ type peer struct {
 	guessed              bool // by what an earlier daemon announced: see guess
 }
 
-// learn notes a SYN-ACK to a SYN with the options offered, and reports whether it
-// said anything new.
+// learn notes a SYN-ACK to a SYN with the options offered, and reports whether what
+// is announced may change by it: seldom, and it must not take long to see that it does not.
 func (p *peers) learn(backend netip.AddrPort, offered, said *packet.Options) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -51,7 +52,19 @@ func (p *peers) learn(backend netip.AddrPort, offered, said *packet.Options) boo
 		return false
 	}
 	p.set(backend, now)
-	return true
+	return now.noSACK != old.noSACK || now.noTimestamps != old.noTimestamps || p.moves(backend, old.mss, now.mss, known)
+}
+
+// moves reports whether the MSS that is announced may be another one as a backend says now instead of old, or for the first
+// time. With mu held.
+func (p *peers) moves(backend netip.AddrPort, old, now uint16, known bool) bool {
+	said, v4 := p.said.mss6, backend.Addr().Is4()
+	if v4 {
+		said = p.said.mss4
+	}
+	less := bounding(now, v4) < said
+	bounded := known && old != now && bounding(old, v4) <= said
+	return less || bounded
 }
 
 // set notes what is known of a backend now. With mu held.
@@ -127,12 +140,25 @@ type announcement struct {
 	flags      uint32 // maps.Live*
 }
 
-// announcement is what all backends can keep. An option is left out when some pool
-// has no backend with it: one odd backend in a pool does not lower all. Who was never
-// spoken to is taken to have everything.
-func (p *peers) announcement(pools *pool.Set, mss4, mss6 uint16) announcement {
+// announce is the announcement, and remembers it as what is said from now on.
+func (p *peers) announce(pools *pool.Set, mss4, mss6 uint16) announcement {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.said = p.announcement(pools, mss4, mss6)
+	return p.said
+}
+
+// changes reports whether the announcement is another one than what is said.
+func (p *peers) changes(pools *pool.Set, mss4, mss6 uint16) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.said != p.announcement(pools, mss4, mss6)
+}
+
+// announcement is what all backends can keep. An option is left out when some pool
+// has no backend with it: one odd backend in a pool does not lower all. Who was never
+// spoken to is taken to have everything. With mu held.
+func (p *peers) announcement(pools *pool.Set, mss4, mss6 uint16) announcement {
 	a := announcement{mss4: mss4, mss6: mss6}
 	for _, some := range pools.Pools {
 		for _, family := range []pool.Family{pool.IPv4, pool.IPv6} {
@@ -147,11 +173,14 @@ func (p *peers) announcement(pools *pool.Set, mss4, mss6 uint16) announcement {
 			if b.Addr.Addr().Is6() {
 				announced = &a.mss6
 			}
-			*announced = min(*announced, max(mssOf(known.mss, b.Addr.Addr().Is4()), leastAnnounced))
+			*announced = min(*announced, bounding(known.mss, b.Addr.Addr().Is4()))
 		}
 	}
 	return a
 }
+
+// bounding is what a backend's MSS lowers an announcement to.
+func bounding(mss uint16, v4 bool) uint16 { return max(mssOf(mss, v4), leastAnnounced) }
 
 // lacking is what no backend of a pool's family has.
 func (p *peers) lacking(some *pool.Pool, family pool.Family) uint32 {
@@ -167,6 +196,9 @@ func (p *peers) lacking(some *pool.Pool, family pool.Family) uint32 {
 		}
 		if !known.noTimestamps {
 			flags &^= maps.LiveNoTimestamps
+		}
+		if flags == 0 {
+			return 0
 		}
 	}
 	if !any {
