@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"time"
 
@@ -251,7 +252,7 @@ func (j *journal) writeAll() error {
 	return nil
 }
 
-// ids is how the file begins: what the ids in entries mean, be it of backends that are no more in the configuration.
+// ids is how the file begins: what the ids in entries and events mean, be it of backends that are no more in the configuration.
 func (j *journal) ids() []byte {
 	b := []byte(journalStart(j.boot))
 	backend := func(one *pool.Backend) {
@@ -276,6 +277,14 @@ func (j *journal) ids() []byte {
 		}
 		w.mu.Unlock()
 	}
+	listener := func(id uint16, addr netip.AddrPort) {
+		r := record{kind: recordListener, number: uint32(id), backend: addr}
+		b = r.append(b)
+	}
+	for addr, id := range j.plan.ids {
+		listener(id, addr)
+	}
+	listener(j.plan.lastID, netip.AddrPort{})
 	for _, route := range j.plan.config.Routes {
 		r := record{kind: recordRoute, number: uint32(route.Index + 1), route: route.Name}
 		b = r.append(b)

@@ -408,7 +408,7 @@ func TestJournalOverrun(t *testing.T) {
 // TestJournalConcurrently binds while the journal is written anew all the time.
 func TestJournalConcurrently(t *testing.T) {
 	k, path := newKernel(t, 1, 2000), filepath.Join(t.TempDir(), "flows")
-	d := k.start(firstPlan(t, journalRoutes, nil), func(o *Options) {
+	d := k.start(firstPlan(t, journalRoutes, Known{}), func(o *Options) {
 		o.Journal, o.SourcePortFirst, o.SourcePortLast, o.SourcePortsOwn = path, 1024, 65535, [2]uint16{1024, 65535}
 	})
 	done := make(chan struct{})
@@ -469,10 +469,10 @@ func TestKnownIDs(t *testing.T) {
 	f.remove(d.workers[0], "test")
 	d.journal.plan = nil
 	d.journal.step()
-	if known := KnownIDs(path); len(known) != 3 {
+	if known := KnownIDs(path).backends; len(known) != 3 {
 		t.Errorf("known: %v, want three", known)
 	}
-	if known := KnownIDs(path + " not there"); len(known) != 0 {
+	if known := KnownIDs(path + " not there"); known.backends != nil || known.listeners != nil {
 		t.Errorf("known by nothing: %v", known)
 	}
 }
@@ -512,6 +512,7 @@ func FuzzJournal(f *testing.F) {
 		{kind: recordRoute, number: 1, route: "r"},
 		{kind: recordWay, number: 64, id: 1, pool: "p", name: "n", backend: addr, route: "r"},
 		{kind: recordFlow, number: 64, connection: connection{addr, addr}, generation: 1, cookie: 2, bound: 3, sni: "a.example.com"},
+		{kind: recordListener, number: 7, backend: addr},
 		{kind: recordPeer, backend: addr, peer: peer{mss: 1400, noTimestamps: true}},
 		{kind: recordFlow, number: 64, connection: connection{addr, addr}, origin: netip.MustParseAddrPort("[2001:db8::1]:443")},
 	} {

@@ -69,7 +69,7 @@ pools:
 // TestAnnounceOnlyChanges: not every backend's first SYN-ACK has the kernel told, only what it must hear of.
 func TestAnnounceOnlyChanges(t *testing.T) {
 	k := newKernel(t, 1, 100)
-	d := k.start(firstPlan(t, journalRoutes, nil), nil)
+	d := k.start(firstPlan(t, journalRoutes, Known{}), nil)
 	zero, live := uint32(0), maps.Live{}
 	beaten := func(mss uint16, port int) uint64 {
 		live.Beat = 1
@@ -98,7 +98,7 @@ func TestAnnounceOnlyChanges(t *testing.T) {
 // TestAnnounceOddBackend: one backend of several may be odd, and that is nothing to tell.
 func TestAnnounceOddBackend(t *testing.T) {
 	k := newKernel(t, 1, 100)
-	d := k.start(firstPlan(t, "listen: \":443\"\nno_match: pool:p\npools: {p: {backends: [\"192.0.2.11:443\", \"192.0.2.12:443\"]}}\n", nil), nil)
+	d := k.start(firstPlan(t, "listen: \":443\"\nno_match: pool:p\npools: {p: {backends: [\"192.0.2.11:443\", \"192.0.2.12:443\"]}}\n", Known{}), nil)
 	for i, backend := range []string{"192.0.2.11:443", "192.0.2.12:443"} {
 		must(t, k.tables.SetLive(&maps.Live{Beat: 1}))
 		d.peers.learn(netip.MustParseAddrPort(backend), &packet.Options{HasTimestamps: true}, &packet.Options{MSS: 1460})

@@ -11,48 +11,62 @@ import (
 	"snilb/userspace/pool"
 )
 
-// ids is what the first part of a journal says: what ids in entries mean.
+// ids is what the first part of a journal says: what ids in entries and events mean.
 type ids struct {
-	backends map[uint16]*pool.Backend
-	routes   map[uint16]string
+	backends     map[uint16]*pool.Backend
+	routes       map[uint16]string
+	listeners    map[netip.AddrPort]uint16
+	lastListener uint16
 }
 
 // readIDs returns an error as openJournal does.
 func readIDs(path, boot string) (ids, error) {
-	found := ids{make(map[uint16]*pool.Backend), make(map[uint16]string)}
+	found := ids{make(map[uint16]*pool.Backend), make(map[uint16]string), make(map[netip.AddrPort]uint16), 0}
 	r, err := openJournal(path, boot)
 	if err != nil {
 		return found, err
 	}
 	var one record
-	for r.next(&one) && (one.kind == recordBackend || one.kind == recordRoute) {
+	for r.next(&one) && (one.kind == recordBackend || one.kind == recordRoute || one.kind == recordListener) {
 		if one.number == 0 || one.number > 1<<16-1 {
 			continue
 		}
 		id := uint16(one.number)
-		if one.kind == recordRoute {
+		switch {
+		case one.kind == recordRoute:
 			found.routes[id] = one.route
-		} else {
+		case one.kind == recordListener && one.backend.Port() != 0:
+			found.listeners[one.backend] = id
+		case one.kind == recordListener:
+			found.lastListener = id
+		default:
 			found.backends[id] = &pool.Backend{ID: id, Pool: one.pool, Name: one.name, Addr: one.backend}
 		}
 	}
 	return found, r.Close()
 }
 
-// KnownIDs returns the ids of backends that flows of an earlier daemon have, by its journal: for FirstPlan. There are none if there is no
-// such journal, or it is of no use.
-func KnownIDs(journal string) map[pool.Identity]uint16 {
+// Known is what an earlier plan gave ids to.
+type Known struct {
+	backends     map[pool.Identity]uint16
+	listeners    map[netip.AddrPort]uint16
+	lastListener uint16 // the last id that was given to one
+}
+
+// KnownIDs returns the ids that flows and queued events of an earlier daemon have, by its journal: for FirstPlan. There are none if
+// there is no such journal, or it is of no use.
+func KnownIDs(journal string) Known {
 	boot, err := bootID()
 	if err != nil {
-		return nil
+		return Known{}
 	}
 	found, err := readIDs(journal, boot)
 	if err != nil {
-		return nil // New reads it too, and tells
+		return Known{} // New reads it too, and tells
 	}
-	known := make(map[pool.Identity]uint16, len(found.backends))
+	known := Known{make(map[pool.Identity]uint16, len(found.backends)), found.listeners, found.lastListener}
 	for id, b := range found.backends {
-		known[pool.Identity{Pool: b.Pool, Addr: b.Addr}] = id
+		known.backends[pool.Identity{Pool: b.Pool, Addr: b.Addr}] = id
 	}
 	return known
 }

@@ -106,3 +106,31 @@ func TestPeersWithoutJournal(t *testing.T) {
 		must(t, os.Remove(path))
 	}
 }
+
+// TestListenersOutliveDaemon: what is queued of a listener is not taken for another's by the next daemon, whatever it listens to.
+func TestListenersOutliveDaemon(t *testing.T) {
+	k, path := newKernel(t, 1, 100), filepath.Join(t.TempDir(), "flows")
+	start := func(listen string) *Plan {
+		d := k.journaled(path, "listen: "+listen+poolAndRoute)
+		return d.Plan()
+	}
+	first := start(`["192.0.2.1:443", "192.0.2.2:443"]`)
+	one, two := first.idOf(t, "192.0.2.1:443"), first.idOf(t, "192.0.2.2:443")
+	second := start(`["192.0.2.3:443", "192.0.2.2:443"]`)
+	if id := second.idOf(t, "192.0.2.2:443"); id != two {
+		t.Errorf("listener 2 had id %d, and has %d", two, id)
+	}
+	if id := second.idOf(t, "192.0.2.3:443"); id == one || id == two {
+		t.Errorf("a new listener got id %d, which was another's", id)
+	}
+	third := start(`":443"`)
+	if id := start(`["192.0.2.7:443", ":443"]`).idOfAny(443); id != third.idOfAny(443) {
+		t.Errorf("the listener to every address had id %d, and has %d", third.idOfAny(443), id)
+	}
+	fourth := start(`["192.0.2.9:443"]`)
+	if id := fourth.idOf(t, "192.0.2.9:443"); id <= second.lastID || id == third.lastID {
+		t.Errorf("a new listener got the id %d, which was another's", id)
+	}
+}
+
+func (p *Plan) idOfAny(port uint16) uint16 { return p.ids[netip.AddrPortFrom(netip.Addr{}, port)] }
