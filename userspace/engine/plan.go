@@ -39,9 +39,13 @@ func NewPlan(c *config.Config, old *Plan) (*Plan, error) {
 }
 
 // FirstPlan is the first one of a daemon that comes after another. Backends and listeners that the other knew, by KnownIDs, keep their
-// ids, and no others get these.
+// ids, and no others get these as long as there are enough: a daemon starts all the same, and tells flows' backends by their addresses.
 func FirstPlan(c *config.Config, known Known) (*Plan, error) {
-	return newPlan(c, known)
+	p, err := newPlan(c, known)
+	if errors.Is(err, pool.ErrNoIDs) {
+		return newPlan(c, Known{})
+	}
+	return p, err
 }
 
 func newPlan(c *config.Config, known Known) (*Plan, error) {
@@ -71,7 +75,7 @@ func (p *Plan) numberListeners(known Known) error {
 		id := known.listeners[l.Addr]
 		if id == 0 {
 			if len(taken) >= math.MaxUint16 {
-				return fmt.Errorf("number the listeners: all %d ids are taken", math.MaxUint16)
+				return fmt.Errorf("number the listeners, %d at most: %w", math.MaxUint16, pool.ErrNoIDs)
 			}
 			for p.lastID++; p.lastID == 0 || taken[p.lastID]; p.lastID++ {
 			}

@@ -9,7 +9,9 @@ import (
 	"testing"
 
 	"snilb/maps"
+	"snilb/userspace/config"
 	"snilb/userspace/packet"
+	"snilb/userspace/pool"
 )
 
 const twoPools = `
@@ -134,3 +136,18 @@ func TestListenersOutliveDaemon(t *testing.T) {
 }
 
 func (p *Plan) idOfAny(port uint16) uint16 { return p.ids[netip.AddrPortFrom(netip.Addr{}, port)] }
+
+// TestFirstPlanFull: a journal that holds all ids does not keep a daemon from starting.
+func TestFirstPlanFull(t *testing.T) {
+	backends, listeners := make(map[pool.Identity]uint16), make(map[netip.AddrPort]uint16)
+	for id := 1; id <= config.MaxBackends; id++ {
+		addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(id >> 8), byte(id)}), 443)
+		backends[pool.Identity{Pool: "p", Addr: addr}], listeners[addr] = uint16(id), uint16(id)
+	}
+	for name, known := range map[string]Known{"backends": {backends: backends}, "listeners": {listeners: listeners}} {
+		p := firstPlan(t, twoPools, known)
+		if p.pools.Backend(1) == nil || p.listeners[1] == nil {
+			t.Errorf("all ids of %s are known: the ids of the plan are not its own", name)
+		}
+	}
+}
