@@ -65,8 +65,10 @@ func (e *Engine) adopt() error {
 			a.removeHalf(maps.LegBackend, a.early[i].tuple())
 		}
 	}
-	if err == nil {
-		a.recall(e.journal)
+	if err != nil || !a.recall(e.journal) {
+		if err := e.recallPeers(); err != nil {
+			return err
+		}
 	}
 	for _, w := range e.workers {
 		a.settle(w)

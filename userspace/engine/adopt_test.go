@@ -30,7 +30,7 @@ func TestAdopt(t *testing.T) {
 	k.bind(number)
 	theirs = append(theirs, number)
 
-	d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 	if got := d.Status(); got.Adopted != 25 || got.Flows != 25 || d.Bound() != 25 || d.Live() != 25 || got.Events["half_flows"] != 0 {
 		t.Errorf("%+v, and %d bound, %d live, want 25 adopted", got, d.Bound(), d.Live())
 	}
@@ -76,7 +76,7 @@ func TestAdoptUnknownBackend(t *testing.T) {
 	k := newKernel(t, 1, 10)
 	p := pairOf(1, 0, false, true)
 	k.bind(p)
-	d := k.start(firstPlan(t, "listen: \":443\"\ntimeouts: {closing: 9s}\npools: {q: {backends: [\"192.0.2.99:443\"]}}\nroutes: [{sni: a.example.com, pool: q}]\n", nil), nil)
+	d := k.start(firstPlan(t, "listen: \":443\"\ntimeouts: {closing: 9s}\npools: {q: {backends: [\"192.0.2.99:443\"]}}\nroutes: [{sni: a.example.com, pool: q}]\n", Known{}), nil)
 	f, w := d.flow(p), d.workers[0]
 	if v := w.flows.wayOf(f); v.backend.Pool != "" || v.backend.Addr != p.Backend.Src || v.timeouts.Closing != 9*time.Second || v.ports != nil {
 		t.Errorf("way %+v, backend %+v", v, v.backend)
@@ -92,7 +92,7 @@ func TestAdoptSourceClient(t *testing.T) {
 	for _, own := range []bool{true, false} {
 		k := newKernel(t, 1, 10)
 		k.bind(pairOf(1, 0, false, own))
-		k.start(firstPlan(t, "listen: \":443\"\npools: {q: {backends: [\"192.0.2.11:443\"]}}\nroutes: [{sni: a.example.com, pool: q}]\n", nil), nil)
+		k.start(firstPlan(t, "listen: \":443\"\npools: {q: {backends: [\"192.0.2.11:443\"]}}\nroutes: [{sni: a.example.com, pool: q}]\n", Known{}), nil)
 		var live maps.Live
 		must(t, k.tables.Control.Lookup(uint32(0), &live))
 		if got := live.Flags&maps.LiveSourceClient != 0; got == own {
@@ -134,7 +134,7 @@ func TestAdoptHalves(t *testing.T) {
 				if p.Down != nil {
 					must(t, k.tables.InsertFlow(maps.LegBackend, p.Backend, p.Down))
 				}
-				d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+				d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 				d.flow(whole)
 				if got := d.Status(); got.Flows != 1 || got.Adopted != 1 || int(got.Events["half_flows"]) != c.legs {
 					t.Errorf("%d flows, %d adopted, %d halves, want 1, 1, %d", got.Flows, got.Adopted, got.Events["half_flows"], c.legs)
@@ -159,7 +159,7 @@ func TestAdoptWorkers(t *testing.T) {
 		p := pairOf(1, own, false, true)
 		p.Down.Flow.Control = maps.FlowControl(1, 0, own&1) // which would be half a flow
 		k.bind(p)
-		_, err := k.try(firstPlan(t, kernelRoutes, nil), nil)
+		_, err := k.try(firstPlan(t, kernelRoutes, Known{}), nil)
 		if err == nil || !strings.Contains(err.Error(), "number of workers differs") {
 			t.Errorf("a flow of worker %d of 2: %v", own, err)
 		}
@@ -194,7 +194,7 @@ func TestAdoptEnds(t *testing.T) {
 			p.Up.Flow.Control |= c.up
 			p.Down.Flow.Control |= c.down
 			k.bind(p)
-			d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+			d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 			f, w := d.flow(p), d.workers[0]
 			if ended := c.up|c.down != 0; f.closing.ended() != ended || (f.timer != 0) != ended {
 				t.Errorf("it has ended: %v, timer %d", f.closing.ended(), f.timer)
@@ -228,7 +228,7 @@ func TestAdoptEndsHeard(t *testing.T) {
 	p.Down.Flow.Control |= maps.FlowFIN
 	p.Up.Flow.LastAck, p.Down.Flow.LastAck = 900, 800
 	k.bind(p)
-	d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 	w := d.workers[0]
 	w.closingSegment(maps.LegClient, &packet.Segment{Src: p.Client.Src, Dst: p.Client.Dst, Seq: 799, Flags: packet.FIN})
 	w.closingSegment(maps.LegBackend, &packet.Segment{Src: p.Backend.Src, Dst: p.Backend.Dst, Seq: 899, Flags: packet.FIN})
@@ -245,7 +245,7 @@ func TestAdoptUnconfirmed(t *testing.T) {
 	p := pairOf(1, 0, false, true)
 	p.Up.Flow.Control &^= maps.FlowConfirmed
 	k.bind(p)
-	d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 	f, w := d.flow(p), d.workers[0]
 	started := w.now
 	for _, c := range []struct {
@@ -280,7 +280,7 @@ func TestAdoptGeneration(t *testing.T) {
 			p.Up.Flow.Generation, p.Down.Flow.Generation = g, g
 			k.bind(p)
 		}
-		d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+		d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 		if got := d.workers[1].generation + 1; got != c.next {
 			t.Errorf("%s: the next flow's generation is %d, want %d", name, got, c.next)
 		}
@@ -307,7 +307,7 @@ func TestAdoptPorts(t *testing.T) {
 		pairs = append(pairs, pairOf(n, 1, false, true))
 	}
 	k.bind(pairs...)
-	d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 	w := d.workers[1]
 	p := w.flows.wayOf(d.flow(pairs[0])).ports
 	if p.unused() != 40 || p.scarce() {
@@ -375,7 +375,7 @@ func TestAdoptLate(t *testing.T) {
 		k := newKernel(t, 1, 100)
 		p := pairOf(1, 0, v6, true)
 		k.bind(p)
-		d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+		d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 		w := d.workers[0]
 		hello := clientHello(t)
 		s := packet.Segment{Src: p.Client.Src, Dst: p.Client.Dst, Seq: 1001, Ack: 5001, Flags: packet.ACK | packet.PSH, Payload: hello}
@@ -412,7 +412,7 @@ func TestAdoptUnknownBackendSide(t *testing.T) {
 		k := newKernel(t, 1, 100)
 		p, other := pairOf(1, 0, v6, true), pairOf(2, 0, v6, true)
 		k.bind(p)
-		d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+		d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 		w := d.workers[0]
 		for what, s := range map[string]packet.Segment{
 			"SYN-ACK":               {Seq: 9000, Ack: 1234, Flags: packet.SYN | packet.ACK},

@@ -62,7 +62,7 @@ func (e *Engine) beat() error {
 	live.Keys = e.cookieKeys(uint64(wall) / maps.CookieSlotNanoseconds)
 	mss4, mss6 := e.o.MSS()
 	plan := e.plan.Load()
-	say := e.peers.announcement(plan.pools, mss4, mss6)
+	say := e.peers.announce(plan.pools, mss4, mss6)
 	live.Mss4, live.Mss6, live.Flags = say.mss4, say.mss6, say.flags
 	if plan.sourceClient || e.sourceClient.Load() {
 		live.Flags |= maps.LiveSourceClient
@@ -75,6 +75,15 @@ func (e *Engine) beat() error {
 	}
 	e.beaten.Store(now)
 	return nil
+}
+
+// announce beats at once if what a SYN-ACK said changes what is announced.
+func (e *Engine) announce() error {
+	mss4, mss6 := e.o.MSS()
+	if !e.peers.changes(e.plan.Load().pools, mss4, mss6) {
+		return nil
+	}
+	return e.beat()
 }
 
 // cookieKeys are those of the slots around one, each where its slot's low bits

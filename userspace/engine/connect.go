@@ -293,7 +293,7 @@ func (h *handshake) learn(w *worker, s *packet.Segment) error {
 	a := &h.attempt
 	v4 := h.client.Addr().Is4()
 	if w.e.peers.learn(a.backend.Addr, &h.options, &s.Options) {
-		if err := w.e.beat(); err != nil {
+		if err := w.e.announce(); err != nil {
 			w.log.limited(w.now, "what SYN-ACKs announce not changed", "error", err)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"time"
 
@@ -26,7 +27,7 @@ const (
 )
 
 // journal is the file that tells the next daemon what the kernel's entries do not hold of a flow: its name, cookie, origin and age,
-// and what its ids mean. What it lacks costs no flow, so no worker ever waits for it: they note what they bind in memory, under
+// what its ids mean, and what backends lack. What it lacks costs no flow, so no worker ever waits for it: they note what they bind in memory, under
 // locks that they hold anyway, and one goroutine writes. Ends are not noted: the entry is gone then.
 type journal struct {
 	e       *Engine
@@ -189,6 +190,10 @@ func (j *journal) flush() (again bool, err error) {
 			return false, err
 		}
 	}
+	j.spare = j.e.peers.journal(j.spare[:0], false)
+	if err := j.put(j.spare); err != nil {
+		return false, err
+	}
 	return again || j.size > journalSmall && noted > 2*j.e.Bound(), nil
 }
 
@@ -228,7 +233,7 @@ func (j *journal) writeAll() error {
 	for _, w := range j.e.workers {
 		w.beginDiary()
 	}
-	if err := j.put(j.ids()); err != nil {
+	if err := j.put(j.e.peers.journal(j.ids(), true)); err != nil {
 		return err
 	}
 	for _, w := range j.e.workers {
@@ -247,7 +252,7 @@ func (j *journal) writeAll() error {
 	return nil
 }
 
-// ids is how the file begins: what the ids in entries mean, be it of backends that are no more in the configuration.
+// ids is how the file begins: what the ids in entries and events mean, be it of backends that are no more in the configuration.
 func (j *journal) ids() []byte {
 	b := []byte(journalStart(j.boot))
 	backend := func(one *pool.Backend) {
@@ -272,6 +277,14 @@ func (j *journal) ids() []byte {
 		}
 		w.mu.Unlock()
 	}
+	listener := func(id uint16, addr netip.AddrPort) {
+		r := record{kind: recordListener, number: uint32(id), backend: addr}
+		b = r.append(b)
+	}
+	for addr, id := range j.plan.ids {
+		listener(id, addr)
+	}
+	listener(j.plan.lastID, netip.AddrPort{})
 	for _, route := range j.plan.config.Routes {
 		r := record{kind: recordRoute, number: uint32(route.Index + 1), route: route.Name}
 		b = r.append(b)

@@ -31,6 +31,12 @@ routes:
 // binds has a client's connection come and its backend answer, until the flow is bound.
 func (d *daemon) binds(client string, site string, header string) *flow {
 	d.t.Helper()
+	return d.bindsWith(packet.Options{MSS: 1400}, client, site, header)
+}
+
+// bindsWith is binds where the backend's SYN-ACK has these options.
+func (d *daemon) bindsWith(said packet.Options, client string, site string, header string) *flow {
+	d.t.Helper()
 	w := d.workers[0]
 	c := connection{client: netip.MustParseAddrPort(client), listener: netip.MustParseAddrPort("192.0.2.1:443")}
 	if c.client.Addr().Is6() {
@@ -47,7 +53,7 @@ func (d *daemon) binds(client string, site string, header string) *flow {
 	}
 	w.backendSegment(&packet.Segment{
 		Src: h.attempt.backend.Addr, Dst: h.attempt.local.AddrPort, Seq: 9000, Ack: h.attempt.isn + 1,
-		Flags: packet.SYN | packet.ACK, Window: 1000, Options: packet.Options{MSS: 1400},
+		Flags: packet.SYN | packet.ACK, Window: 1000, Options: said,
 	})
 	f := w.flows.byClient(c)
 	if f == nil {
@@ -402,7 +408,7 @@ func TestJournalOverrun(t *testing.T) {
 // TestJournalConcurrently binds while the journal is written anew all the time.
 func TestJournalConcurrently(t *testing.T) {
 	k, path := newKernel(t, 1, 2000), filepath.Join(t.TempDir(), "flows")
-	d := k.start(firstPlan(t, journalRoutes, nil), func(o *Options) {
+	d := k.start(firstPlan(t, journalRoutes, Known{}), func(o *Options) {
 		o.Journal, o.SourcePortFirst, o.SourcePortLast, o.SourcePortsOwn = path, 1024, 65535, [2]uint16{1024, 65535}
 	})
 	done := make(chan struct{})
@@ -463,10 +469,10 @@ func TestKnownIDs(t *testing.T) {
 	f.remove(d.workers[0], "test")
 	d.journal.plan = nil
 	d.journal.step()
-	if known := KnownIDs(path); len(known) != 3 {
+	if known := KnownIDs(path).backends; len(known) != 3 {
 		t.Errorf("known: %v, want three", known)
 	}
-	if known := KnownIDs(path + " not there"); len(known) != 0 {
+	if known := KnownIDs(path + " not there"); known.backends != nil || known.listeners != nil {
 		t.Errorf("known by nothing: %v", known)
 	}
 }
@@ -506,6 +512,8 @@ func FuzzJournal(f *testing.F) {
 		{kind: recordRoute, number: 1, route: "r"},
 		{kind: recordWay, number: 64, id: 1, pool: "p", name: "n", backend: addr, route: "r"},
 		{kind: recordFlow, number: 64, connection: connection{addr, addr}, generation: 1, cookie: 2, bound: 3, sni: "a.example.com"},
+		{kind: recordListener, number: 7, backend: addr},
+		{kind: recordPeer, backend: addr, peer: peer{mss: 1400, noTimestamps: true}},
 		{kind: recordFlow, number: 64, connection: connection{addr, addr}, origin: netip.MustParseAddrPort("[2001:db8::1]:443")},
 	} {
 		f.Add(r.append(nil)[recordHeader:])

@@ -17,7 +17,6 @@ import (
 	"snilb/maps"
 	"snilb/userspace/config"
 	"snilb/userspace/packet"
-	"snilb/userspace/pool"
 	"snilb/userspace/ringbuf/ringbuftest"
 )
 
@@ -81,7 +80,7 @@ routes:
   - {sni: b.example.com, pool: clients}
 `
 
-func firstPlan(t testing.TB, routes string, known map[pool.Identity]uint16) *Plan {
+func firstPlan(t testing.TB, routes string, known Known) *Plan {
 	t.Helper()
 	c, err := config.Parse("test", []byte("version: 1\n"+routes))
 	must(t, err)

@@ -79,7 +79,7 @@ func TestOrphans(t *testing.T) {
 		for i, p := range []*maps.Pair{bound, lost, half} {
 			must(t, k.tables.OwnHello(p.Client, uint32(0xfffffffe+i))) // over the wrap
 		}
-		d, err := k.try(firstPlan(t, kernelRoutes, nil), nil)
+		d, err := k.try(firstPlan(t, kernelRoutes, Known{}), nil)
 		must(t, err)
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()

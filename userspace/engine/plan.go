@@ -32,26 +32,29 @@ type Plan struct {
 // NewPlan prepares a configuration. Backends and listeners that old has keep their
 // ids; old may be nil. Returns an error if the ids run out.
 func NewPlan(c *config.Config, old *Plan) (*Plan, error) {
-	var known map[pool.Identity]uint16
-	if old != nil {
-		known = old.pools.Identities()
+	if old == nil {
+		return newPlan(c, Known{})
 	}
-	return newPlan(c, known, old)
+	return newPlan(c, Known{old.pools.Identities(), old.ids, old.lastID})
 }
 
-// FirstPlan is the first one of a daemon that comes after another. Backends that the other knew, by KnownIDs, keep their ids, and no
-// others get these.
-func FirstPlan(c *config.Config, known map[pool.Identity]uint16) (*Plan, error) {
-	return newPlan(c, known, nil)
+// FirstPlan is the first one of a daemon that comes after another. Backends and listeners that the other knew, by KnownIDs, keep their
+// ids, and no others get these as long as there are enough: a daemon starts all the same, and tells flows' backends by their addresses.
+func FirstPlan(c *config.Config, known Known) (*Plan, error) {
+	p, err := newPlan(c, known)
+	if errors.Is(err, pool.ErrNoIDs) {
+		return newPlan(c, Known{})
+	}
+	return p, err
 }
 
-func newPlan(c *config.Config, known map[pool.Identity]uint16, old *Plan) (*Plan, error) {
-	pools, err := pool.Build(c, known)
+func newPlan(c *config.Config, known Known) (*Plan, error) {
+	pools, err := pool.Build(c, known.backends)
 	if err != nil {
 		return nil, err
 	}
 	p := &Plan{config: c, routes: route.New(c), pools: pools}
-	if err := p.numberListeners(old); err != nil {
+	if err := p.numberListeners(known); err != nil {
 		return nil, err
 	}
 	for _, some := range c.Pools {
@@ -60,24 +63,19 @@ func newPlan(c *config.Config, known map[pool.Identity]uint16, old *Plan) (*Plan
 	return p, nil
 }
 
-// numberListeners gives each listener the id that its address has in old, or one that was not in use for the longest time.
-func (p *Plan) numberListeners(old *Plan) error {
+// numberListeners gives each listener the id that its address is known by, or one that was not in use for the longest time.
+func (p *Plan) numberListeners(known Known) error {
+	p.lastID = known.lastListener
 	p.listeners, p.ids = make(map[uint16]*config.Listener), make(map[netip.AddrPort]uint16)
 	taken := make(map[uint16]bool)
-	if old != nil {
-		p.lastID = old.lastID
-		for _, id := range old.ids {
-			taken[id] = true
-		}
+	for _, id := range known.listeners {
+		taken[id] = true
 	}
 	for _, l := range p.config.Listeners {
-		id := uint16(0)
-		if old != nil {
-			id = old.ids[l.Addr]
-		}
+		id := known.listeners[l.Addr]
 		if id == 0 {
 			if len(taken) >= math.MaxUint16 {
-				return fmt.Errorf("number the listeners: all %d ids are taken", math.MaxUint16)
+				return fmt.Errorf("number the listeners, %d at most: %w", math.MaxUint16, pool.ErrNoIDs)
 			}
 			for p.lastID++; p.lastID == 0 || taken[p.lastID]; p.lastID++ {
 			}

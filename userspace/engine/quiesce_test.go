@@ -59,7 +59,7 @@ func TestQuiesce(t *testing.T) {
 func TestQuiesceLeavesRings(t *testing.T) {
 	k := newKernel(t, 1, 10)
 	hellos, ends := ringbuftest.New(t, 0), ringbuftest.New(t, 0)
-	d, err := k.try(firstPlan(t, kernelRoutes, nil), func(o *Options) {
+	d, err := k.try(firstPlan(t, kernelRoutes, Known{}), func(o *Options) {
 		o.Rings, o.QuietRings = []*ebpf.Map{hellos.Ring}, []*ebpf.Map{ends.Ring}
 	})
 	must(t, err)

@@ -5,53 +5,68 @@ package engine
 import (
 	"errors"
 	"io/fs"
+	"net/netip"
 
 	"snilb/maps"
 	"snilb/userspace/pool"
 )
 
-// ids is what the first part of a journal says: what ids in entries mean.
+// ids is what the first part of a journal says: what ids in entries and events mean.
 type ids struct {
-	backends map[uint16]*pool.Backend
-	routes   map[uint16]string
+	backends     map[uint16]*pool.Backend
+	routes       map[uint16]string
+	listeners    map[netip.AddrPort]uint16
+	lastListener uint16
 }
 
 // readIDs returns an error as openJournal does.
 func readIDs(path, boot string) (ids, error) {
-	found := ids{make(map[uint16]*pool.Backend), make(map[uint16]string)}
+	found := ids{make(map[uint16]*pool.Backend), make(map[uint16]string), make(map[netip.AddrPort]uint16), 0}
 	r, err := openJournal(path, boot)
 	if err != nil {
 		return found, err
 	}
 	var one record
-	for r.next(&one) && (one.kind == recordBackend || one.kind == recordRoute) {
+	for r.next(&one) && (one.kind == recordBackend || one.kind == recordRoute || one.kind == recordListener) {
 		if one.number == 0 || one.number > 1<<16-1 {
 			continue
 		}
 		id := uint16(one.number)
-		if one.kind == recordRoute {
+		switch {
+		case one.kind == recordRoute:
 			found.routes[id] = one.route
-		} else {
+		case one.kind == recordListener && one.backend.Port() != 0:
+			found.listeners[one.backend] = id
+		case one.kind == recordListener:
+			found.lastListener = id
+		default:
 			found.backends[id] = &pool.Backend{ID: id, Pool: one.pool, Name: one.name, Addr: one.backend}
 		}
 	}
 	return found, r.Close()
 }
 
-// KnownIDs returns the ids of backends that flows of an earlier daemon have, by its journal: for FirstPlan. There are none if there is no
-// such journal, or it is of no use.
-func KnownIDs(journal string) map[pool.Identity]uint16 {
+// Known is what an earlier plan gave ids to.
+type Known struct {
+	backends     map[pool.Identity]uint16
+	listeners    map[netip.AddrPort]uint16
+	lastListener uint16 // the last id that was given to one
+}
+
+// KnownIDs returns the ids that flows and queued events of an earlier daemon have, by its journal: for FirstPlan. There are none if
+// there is no such journal, or it is of no use.
+func KnownIDs(journal string) Known {
 	boot, err := bootID()
 	if err != nil {
-		return nil
+		return Known{}
 	}
 	found, err := readIDs(journal, boot)
 	if err != nil {
-		return nil // New reads it too, and tells
+		return Known{} // New reads it too, and tells
 	}
-	known := make(map[pool.Identity]uint16, len(found.backends))
+	known := Known{make(map[pool.Identity]uint16, len(found.backends)), found.listeners, found.lastListener}
 	for id, b := range found.backends {
-		known[pool.Identity{Pool: b.Pool, Addr: b.Addr}] = id
+		known.backends[pool.Identity{Pool: b.Pool, Addr: b.Addr}] = id
 	}
 	return known
 }
@@ -68,17 +83,21 @@ func (j *journal) knownIDs() (ids, error) {
 	return found, err
 }
 
-// recall reads from the journal what is known of the flows that were adopted. What it says counts only for the very flow.
-func (a *adoption) recall(j *journal) {
+// recall reads from the journal what is known of the flows that were adopted, and of backends. What it says counts only for the
+// very flow. Returns whether there was a journal, and it was whole.
+func (a *adoption) recall(j *journal) (whole bool) {
 	if j == nil {
-		return
+		return false
 	}
 	r, err := openJournal(j.path, j.boot)
 	if err != nil {
-		return // there is none, or knownIDs has told
+		return false // there is none, or knownIDs has told
 	}
 	defer func() { _ = r.Close() }()
-	ways := make(map[uint32]way)
+	ways, backends := make(map[uint32]way), make(map[netip.AddrPort]bool)
+	for _, addr := range a.e.plan.Load().Backends() {
+		backends[addr] = true
+	}
 	var one record
 	for r.next(&one) {
 		switch one.kind {
@@ -87,11 +106,27 @@ func (a *adoption) recall(j *journal) {
 			ways[one.number] = way{backend: b, timeouts: a.names.timeouts(b.Pool), route: one.route}
 		case recordFlow:
 			a.recallFlow(&one, ways[one.number])
+		case recordPeer:
+			if backends[one.backend] {
+				a.e.peers.recall(one.backend, one.peer)
+			}
 		}
 	}
 	if r.torn {
 		a.e.o.Log.Warn("journal is cut off or damaged: the flows behind that are taken over without their names")
 	}
+	return !r.torn
+}
+
+// recallPeers takes from the kernel's table what no journal tells of backends.
+func (e *Engine) recallPeers() error {
+	was, err := e.o.Tables.Live()
+	if err != nil || was.Mss4 == 0 { // there was no daemon
+		return err
+	}
+	mss4, mss6 := e.o.MSS()
+	e.peers.guess(e.plan.Load().Backends(), announcement{was.Mss4, was.Mss6, was.Flags}, mss4, mss6)
+	return nil
 }
 
 // recallFlow takes over what a record says of a flow, v being its way.

@@ -27,10 +27,12 @@ const journalVersion = "snilb journal 1\n"
 
 // Kinds of records.
 const (
-	recordBackend = 1 + iota // number: an id in clients' entries; what it means
-	recordRoute              // number: an id in backends' entries; what it means
-	recordWay                // number: what flows' records mean by it from here on
-	recordFlow               // number: of its way
+	recordBackend  = 1 + iota // number: an id in clients' entries; what it means
+	recordRoute               // number: an id in backends' entries; what it means
+	recordWay                 // number: what flows' records mean by it from here on
+	recordFlow                // number: of its way
+	recordPeer                // number: 0
+	recordListener            // number: a listener's id in events; with port 0: the last one that was given
 )
 
 // record is one of any kind.
@@ -40,7 +42,7 @@ type record struct {
 
 	id         uint16         // of a way's backend
 	pool, name string         // of a backend or way
-	backend    netip.AddrPort // of a backend or way
+	backend    netip.AddrPort // of a backend, way or peer, or a listener's
 	route      string         // of a route or way
 
 	connection
@@ -50,6 +52,8 @@ type record struct {
 	bound           int64
 	outlived        [2]bool
 	sni             string
+
+	peer peer
 }
 
 const (
@@ -79,6 +83,11 @@ func (r *record) append(b []byte) []byte {
 		b = binary.LittleEndian.AppendUint32(b, r.cookie)
 		b = binary.LittleEndian.AppendUint64(b, uint64(r.bound))
 		b = appendText(append(b, flag(r.outlived[0])|flag(r.outlived[1])<<1), r.sni)
+	case recordListener:
+		b = appendAddr(b, r.backend)
+	case recordPeer:
+		b = binary.LittleEndian.AppendUint16(appendAddr(b, r.backend), r.peer.mss)
+		b = append(b, flag(r.peer.noSACK)|flag(r.peer.noTimestamps)<<1|flag(r.peer.guessed)<<2)
 	}
 	body := b[start+recordHeader:]
 	binary.LittleEndian.PutUint16(b[start:], uint16(len(body)))
@@ -121,6 +130,12 @@ func (r *record) parse(body []byte) bool {
 		outlived := f.byte()
 		r.outlived = [2]bool{outlived&1 != 0, outlived&2 != 0}
 		r.sni = f.text()
+	case recordListener:
+		r.backend = f.addr()
+	case recordPeer:
+		r.backend, r.peer.mss = f.addr(), f.u16()
+		lacks := f.byte()
+		r.peer.noSACK, r.peer.noTimestamps, r.peer.guessed = lacks&1 != 0, lacks&2 != 0, lacks&4 != 0
 	default:
 		return false
 	}
@@ -153,11 +168,7 @@ func (f *fields) addr() netip.AddrPort {
 	length := int(f.byte())
 	addr, ok := netip.AddrFromSlice(f.take(length))
 	f.short = f.short || !ok && length != 0
-	port := f.u16()
-	if !ok {
-		return netip.AddrPort{}
-	}
-	return netip.AddrPortFrom(addr, port)
+	return netip.AddrPortFrom(addr, f.u16()) // of no address as well: a listener to every one is told by its port
 }
 
 // journalReader reads records until the end, or where the file is torn.

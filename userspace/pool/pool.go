@@ -12,6 +12,7 @@
 package pool
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -95,9 +96,12 @@ func (s *Set) Identities() map[Identity]uint16 {
 	return known
 }
 
+// ErrNoIDs is why there are no pools: every id is taken.
+var ErrNoIDs = errors.New("all ids are taken")
+
 // Build makes the pools of a file. A backend that is in known keeps its id, and
 // no other backend gets it: flows that outlive a reload are counted by id. It
-// returns an error when the ids run out.
+// returns ErrNoIDs when the ids run out.
 func Build(c *config.Config, known map[Identity]uint16) (*Set, error) {
 	s := &Set{byID: map[uint16]*Backend{}}
 	taken := make(map[uint16]bool, len(known))
@@ -114,7 +118,7 @@ func Build(c *config.Config, known map[Identity]uint16) (*Set, error) {
 					next++
 				}
 				if next == 0 {
-					return nil, fmt.Errorf("number the backends: all %d ids are taken", config.MaxBackends)
+					return nil, fmt.Errorf("number the backends, %d at most: %w", config.MaxBackends, ErrNoIDs)
 				}
 				id, taken[next] = next, true
 			}

@@ -3,6 +3,7 @@
 package pool
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -254,8 +255,8 @@ func TestBuildFull(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Build(c, known); err == nil {
-		t.Error("an id was found where there is none")
+	if _, err := Build(c, known); !errors.Is(err, ErrNoIDs) {
+		t.Errorf("%v, want ErrNoIDs: there is no id left", err)
 	}
 }
 
