@@ -71,7 +71,6 @@ func (e *Engine) adopt() error {
 	for _, w := range e.workers {
 		a.settle(w)
 	}
-	e.sourceClient.Store(true) // until it is looked who has its client's own port
 	e.halves = a.halves
 	if e.adopted = e.Bound(); e.adopted > 0 || a.halves > 0 {
 		e.o.Log.Info("took over the flows of an earlier daemon", "flows", e.adopted, "half_flows", a.halves)
