@@ -219,6 +219,45 @@ func TestAdoptEnds(t *testing.T) {
 	}
 }
 
+// TestAdoptManyEnds has many flows be over when a daemon comes: others get the worker's lock in between, and what is due is not all due at
+// once.
+func TestAdoptManyEnds(t *testing.T) {
+	const flows = 3*maps.FlowJobs + 1
+	k := newKernel(t, 1, flows)
+	for n := range flows {
+		p := pairOf(n, 0, false, true)
+		local := netip.AddrPortFrom(p.Up.To.Src.Addr(), uint16(30000+n))
+		p.Backend.Dst, p.Up.To.Src = local, local
+		p.Up.Flow.Control |= maps.FlowRST
+		k.bind(p)
+	}
+	d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+	w := d.workers[0]
+	ticks := make(map[int64]int)
+	for _, n := range w.flows.order {
+		at := w.flowTimers.all[w.flows.at(n).timer].at
+		if late := time.Duration(at - d.clock.now()); late > 7*time.Second+settleSpread {
+			t.Errorf("flow %d waits %v", n, late)
+		}
+		ticks[at>>tickShift]++
+	}
+	for _, n := range ticks {
+		if n > maps.FlowJobs/8 {
+			t.Errorf("%d flows of %d are due in one tick", n, flows)
+		}
+	}
+	w.now = d.clock.now() + int64(time.Minute)
+	for lots, more := 1, true; more; lots++ {
+		more = w.runTimers()
+		if gone, want := flows-w.flows.len(), min(lots*maps.FlowJobs, flows); gone != want {
+			t.Fatalf("%d flows were removed in %d lots, want %d", gone, lots, want)
+		}
+	}
+	if w.flows.len() != 0 || k.entries() != 0 {
+		t.Errorf("%d flows, %d entries are left", w.flows.len(), k.entries())
+	}
+}
+
 // TestAdoptEndsHeard has the events of both FINs still be in the ring when the daemon that should have read them dies: the flow ends
 // as if nothing had happened.
 func TestAdoptEndsHeard(t *testing.T) {
