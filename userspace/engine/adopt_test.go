@@ -219,6 +219,51 @@ func TestAdoptEnds(t *testing.T) {
 	}
 }
 
+// TestUnheardQuiet has flows close while nobody hears it: who repeats nothing for long has closed, and nobody is reset. Where one
+// FIN is missing, or the pool gives less time, it is a timeout.
+func TestUnheardQuiet(t *testing.T) {
+	k := newKernel(t, 1, 100)
+	const fin = maps.FlowFIN
+	for name, c := range map[string]struct {
+		up, down uint32
+		own      bool // with a closing timeout of 7 s, not a minute
+		silent   time.Duration
+		reason   string
+	}{
+		"not yet":              {fin, fin, false, unheardQuiet - 100*time.Millisecond, ""},
+		"both":                 {fin, fin, false, unheardQuiet + 100*time.Millisecond, "closed"},
+		"both, less time":      {fin, fin, true, 8 * time.Second, "closing_timeout"},
+		"one":                  {fin, 0, false, unheardQuiet + 100*time.Millisecond, ""},
+		"one, for a long time": {0, fin, false, 61 * time.Second, "closing_timeout"},
+	} {
+		for _, when := range []string{"before the start", "after it"} {
+			t.Run(name+", "+when, func(t *testing.T) {
+				k.t = t
+				p := pairOf(1, 0, false, c.own)
+				mark := func() {
+					p.Up.Flow.Control |= c.up
+					p.Down.Flow.Control |= c.down
+				}
+				if when == "before the start" {
+					mark()
+				}
+				k.bind(p)
+				d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+				mark()
+				f, w := d.flow(p), d.workers[0]
+				w.now = d.clock.now() + int64(c.silent)
+				p.Up.Flow.LastSeen, p.Down.Flow.LastSeen = uint32((w.now-int64(c.silent))>>20), uint32((w.now-int64(c.silent))>>20)
+				reason := f.judge(w, p.Up, p.Down)
+				sent, _ := d.segments(0)
+				if resets := map[string]int{"closing_timeout": 2}[c.reason]; reason != c.reason || len(sent) != resets {
+					t.Errorf("%q, and sent %+v, want %q with %d resets", reason, sent, c.reason, resets)
+				}
+				f.remove(w, "idle")
+			})
+		}
+	}
+}
+
 // TestAdoptManyEnds has many flows be over when a daemon comes: others get the worker's lock in between, and what is due is not all due at
 // once.
 func TestAdoptManyEnds(t *testing.T) {
