@@ -138,9 +138,7 @@ func New(o Options, p *Plan) (*Engine, error) {
 func (e *Engine) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	if err := e.resetOrphans(); err != nil {
-		return errors.Join(err, e.free())
-	}
+	e.resetOrphans()
 	var all sync.WaitGroup
 	for _, w := range e.workers {
 		all.Go(func() {
