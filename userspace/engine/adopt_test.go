@@ -3,13 +3,17 @@
 package engine
 
 import (
+	"context"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+
 	"snilb/maps"
 	"snilb/userspace/packet"
+	"snilb/userspace/ringbuf/ringbuftest"
 )
 
 // TestAdopt has a daemon come to flows that an earlier one bound: it finds each by both legs, knows its backend and pool, and the
@@ -529,4 +533,31 @@ func TestAdoptUnknownBackendSide(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestLongAdoption has a backend wait behind a PROXY header while a daemon starts, which takes long: it is reset as one from before.
+func TestLongAdoption(t *testing.T) {
+	k := newKernel(t, 1, 10)
+	main, quiet := ringbuftest.New(t, 0), ringbuftest.New(t, 0)
+	d, err := k.try(firstPlan(t, kernelRoutes, nil), func(o *Options) {
+		o.Rings, o.QuietRings = []*ebpf.Map{main.Ring}, []*ebpf.Map{quiet.Ring}
+	})
+	must(t, err)
+	p := pairOf(1, 0, false, true)
+	record := eventOf(t, maps.EventBackend, d.clock.now(), &packet.Segment{Src: p.Backend.Src, Dst: p.Backend.Dst, Seq: 9001, Ack: 1334, Flags: packet.ACK})
+	if !main.Put(record) {
+		t.Fatal("no event in the ring")
+	}
+	d.clock.base += int64(time.Minute) // that it takes
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- d.Run(ctx) }()
+	for limit := time.Now().Add(time.Minute); d.Status().Events["stale"] == 0 && time.Now().Before(limit); {
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	must(t, <-ended)
+	if sent, _ := d.segments(0); len(sent) != 1 || sent[0].Flags != packet.RST || sent[0].Dst != p.Backend.Src {
+		t.Errorf("answered by %+v", sent)
+	}
 }
