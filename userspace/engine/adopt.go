@@ -4,6 +4,7 @@ package engine
 
 import (
 	"fmt"
+	"time"
 
 	"snilb/maps"
 	"snilb/userspace/pool"
@@ -34,6 +35,13 @@ type adopting struct {
 	unconfirmed bitset // numbers of flows whose client has not acknowledged anything yet
 	generations bitset // in use
 }
+
+const (
+	// settleSpread is how far the looks at flows that are over are apart at the most: they all ended at unknown times.
+	settleSpread = 4 * time.Second
+	// settleSlow flows more would be as far apart: a few are not made to wait.
+	settleSlow = 1000
+)
 
 // smallestMSS is the least that segmentSize returns.
 const smallestMSS = 64
@@ -73,7 +81,6 @@ func (e *Engine) adopt() error {
 	for _, w := range e.workers {
 		a.settle(w)
 	}
-	e.sourceClient.Store(true) // until it is looked who has its client's own port
 	e.halves = a.halves
 	if e.adopted = e.Bound(); e.adopted > 0 || a.halves > 0 {
 		e.o.Log.Info("took over the flows of an earlier daemon", "flows", e.adopted, "half_flows", a.halves)
@@ -176,6 +183,7 @@ func (f *flow) adoptEnds(now int64, leg maps.Leg, control uint32) {
 // settle gives a worker's flows their ports and timers, now that all is read, and removes the halves.
 func (a *adoption) settle(w *worker) {
 	mine := &a.of[w.id]
+	apart := int64(settleSpread) / int64(w.flows.used+settleSlow)
 	for i := w.flows.len() - 1; i >= 0; i-- { // remove moves the last one
 		n := w.flows.order[i]
 		f := w.flows.at(n)
@@ -192,7 +200,7 @@ func (a *adoption) settle(w *worker) {
 		w.flows.setWay(f, v)
 		switch {
 		case f.closing.ended():
-			w.flowTimers.set(n, a.now+int64(f.quiet(&v, false)))
+			w.flowTimers.set(n, a.now+int64(f.quiet(&v, false))+apart*int64(n))
 		case mine.unconfirmed.has(int(n)):
 			w.flowTimers.set(n, max(a.now, f.bound+int64(v.timeouts.Unconfirmed)))
 		}

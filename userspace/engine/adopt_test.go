@@ -3,13 +3,17 @@
 package engine
 
 import (
+	"context"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+
 	"snilb/maps"
 	"snilb/userspace/packet"
+	"snilb/userspace/ringbuf/ringbuftest"
 )
 
 // TestAdopt has a daemon come to flows that an earlier one bound: it finds each by both legs, knows its backend and pool, and the
@@ -216,6 +220,90 @@ func TestAdoptEnds(t *testing.T) {
 			must(t, k.tables.DeleteFlow(maps.LegClient, p.Client))
 			must(t, k.tables.DeleteFlow(maps.LegBackend, p.Backend))
 		})
+	}
+}
+
+// TestUnheardQuiet has flows close while nobody hears it: who repeats nothing for long has closed, and nobody is reset. Where one
+// FIN is missing, or the pool gives less time, it is a timeout.
+func TestUnheardQuiet(t *testing.T) {
+	k := newKernel(t, 1, 100)
+	const fin = maps.FlowFIN
+	for name, c := range map[string]struct {
+		up, down uint32
+		own      bool // with a closing timeout of 7 s, not a minute
+		silent   time.Duration
+		reason   string
+	}{
+		"not yet":              {fin, fin, false, unheardQuiet - 100*time.Millisecond, ""},
+		"both":                 {fin, fin, false, unheardQuiet + 100*time.Millisecond, "closed"},
+		"both, less time":      {fin, fin, true, 8 * time.Second, "closing_timeout"},
+		"one":                  {fin, 0, false, unheardQuiet + 100*time.Millisecond, ""},
+		"one, for a long time": {0, fin, false, 61 * time.Second, "closing_timeout"},
+	} {
+		for _, when := range []string{"before the start", "after it"} {
+			t.Run(name+", "+when, func(t *testing.T) {
+				k.t = t
+				p := pairOf(1, 0, false, c.own)
+				mark := func() {
+					p.Up.Flow.Control |= c.up
+					p.Down.Flow.Control |= c.down
+				}
+				if when == "before the start" {
+					mark()
+				}
+				k.bind(p)
+				d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+				mark()
+				f, w := d.flow(p), d.workers[0]
+				w.now = d.clock.now() + int64(c.silent)
+				p.Up.Flow.LastSeen, p.Down.Flow.LastSeen = uint32((w.now-int64(c.silent))>>20), uint32((w.now-int64(c.silent))>>20)
+				reason := f.judge(w, p.Up, p.Down)
+				sent, _ := d.segments(0)
+				if resets := map[string]int{"closing_timeout": 2}[c.reason]; reason != c.reason || len(sent) != resets {
+					t.Errorf("%q, and sent %+v, want %q with %d resets", reason, sent, c.reason, resets)
+				}
+				f.remove(w, "idle")
+			})
+		}
+	}
+}
+
+// TestAdoptManyEnds has many flows be over when a daemon comes: others get the worker's lock in between, and what is due is not all due at
+// once.
+func TestAdoptManyEnds(t *testing.T) {
+	const flows = 3*maps.FlowJobs + 1
+	k := newKernel(t, 1, flows)
+	for n := range flows {
+		p := pairOf(n, 0, false, true)
+		local := netip.AddrPortFrom(p.Up.To.Src.Addr(), uint16(30000+n))
+		p.Backend.Dst, p.Up.To.Src = local, local
+		p.Up.Flow.Control |= maps.FlowRST
+		k.bind(p)
+	}
+	d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+	w := d.workers[0]
+	ticks := make(map[int64]int)
+	for _, n := range w.flows.order {
+		at := w.flowTimers.all[w.flows.at(n).timer].at
+		if late := time.Duration(at - d.clock.now()); late > 7*time.Second+settleSpread {
+			t.Errorf("flow %d waits %v", n, late)
+		}
+		ticks[at>>tickShift]++
+	}
+	for _, n := range ticks {
+		if n > maps.FlowJobs/8 {
+			t.Errorf("%d flows of %d are due in one tick", n, flows)
+		}
+	}
+	w.now = d.clock.now() + int64(time.Minute)
+	for lots, more := 1, true; more; lots++ {
+		more = w.runTimers()
+		if gone, want := flows-w.flows.len(), min(lots*maps.FlowJobs, flows); gone != want {
+			t.Fatalf("%d flows were removed in %d lots, want %d", gone, lots, want)
+		}
+	}
+	if w.flows.len() != 0 || k.entries() != 0 {
+		t.Errorf("%d flows, %d entries are left", w.flows.len(), k.entries())
 	}
 }
 
@@ -445,4 +533,31 @@ func TestAdoptUnknownBackendSide(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestLongAdoption has a backend wait behind a PROXY header while a daemon starts, which takes long: it is reset as one from before.
+func TestLongAdoption(t *testing.T) {
+	k := newKernel(t, 1, 10)
+	main, quiet := ringbuftest.New(t, 0), ringbuftest.New(t, 0)
+	d, err := k.try(firstPlan(t, kernelRoutes, nil), func(o *Options) {
+		o.Rings, o.QuietRings = []*ebpf.Map{main.Ring}, []*ebpf.Map{quiet.Ring}
+	})
+	must(t, err)
+	p := pairOf(1, 0, false, true)
+	record := eventOf(t, maps.EventBackend, d.clock.now(), &packet.Segment{Src: p.Backend.Src, Dst: p.Backend.Dst, Seq: 9001, Ack: 1334, Flags: packet.ACK})
+	if !main.Put(record) {
+		t.Fatal("no event in the ring")
+	}
+	d.clock.base += int64(time.Minute) // that it takes
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- d.Run(ctx) }()
+	for limit := time.Now().Add(time.Minute); d.Status().Events["stale"] == 0 && time.Now().Before(limit); {
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	must(t, <-ended)
+	if sent, _ := d.segments(0); len(sent) != 1 || sent[0].Flags != packet.RST || sent[0].Dst != p.Backend.Src {
+		t.Errorf("answered by %+v", sent)
+	}
 }

@@ -84,7 +84,7 @@ type Engine struct {
 
 	quiescing atomic.Bool // no new connection is begun
 
-	started int64  // CLOCK_MONOTONIC ns
+	started int64  // CLOCK_MONOTONIC ns: when the workers began, who alone read it
 	adopted int    // flows that an earlier daemon bound
 	halves  uint64 // halves of its flows, removed
 	orphans []orphan
@@ -104,7 +104,6 @@ func New(o Options, p *Plan) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{o: o, clock: newClock(), secret: secret, owned: o.Tables}
-	e.started = e.clock.now()
 	e.plan.Store(p)
 	if e.journal, err = newJournal(e, o.Journal); err != nil {
 		return nil, err
@@ -138,9 +137,8 @@ func New(o Options, p *Plan) (*Engine, error) {
 func (e *Engine) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	if err := e.resetOrphans(); err != nil {
-		return errors.Join(err, e.free())
-	}
+	e.resetOrphans()
+	e.started = e.clock.now() // to take over many flows is a while without a daemon too
 	var all sync.WaitGroup
 	for _, w := range e.workers {
 		all.Go(func() {

@@ -20,8 +20,8 @@ const (
 	// on most ways (RFC 6298 with Linux's least of 200 ms). Who asks for the last ACK later than that is answered by a
 	// reset, where a new connection would find no port.
 	closedHurry = 300 * time.Millisecond
-	// unheardQuiet is how long a flow must be silent that both sides have ended, where it is not known whether the last FIN was
-	// acknowledged: who still repeats it does so in less, unless all was lost for as long (RFC 6298 5.5).
+	// unheardQuiet is how long a flow must be silent that both sides have ended to be closed, where it is not known whether the last
+	// FIN was acknowledged: who still repeats it does so in less, unless all was lost for as long (RFC 6298 5.5).
 	unheardQuiet = 15 * time.Second
 	// outlived is how long after its RST a side that still sends is alive.
 	outlived = 3 * time.Second
@@ -214,7 +214,7 @@ func (f *flow) over(v *way, now int64, up, down *maps.Entry, silent time.Duratio
 		switch {
 		case f.closing.reset:
 			return "reset"
-		case f.closing.bothFINs() && f.acknowledged(up, down):
+		case f.closing.bothFINs() && (f.acknowledged(up, down) || f.closing.unheard != [2]bool{} && silent >= unheardQuiet):
 			return "closed"
 		}
 		return "closing_timeout"

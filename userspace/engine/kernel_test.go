@@ -137,8 +137,9 @@ func (k *kernel) start(p *Plan, change func(*Options)) *daemon {
 	d, err := k.try(p, change)
 	must(k.t, err)
 	k.t.Cleanup(func() { must(k.t, d.free()) })
+	d.started = d.clock.now()
 	for _, w := range d.workers {
-		w.now = d.clock.now()
+		w.now = d.started
 	}
 	return d
 }

@@ -3,7 +3,6 @@
 package engine
 
 import (
-	"fmt"
 	"slices"
 
 	"snilb/maps"
@@ -34,9 +33,7 @@ func (h *handshake) disown(w *worker) {
 		return
 	}
 	h.owns = false
-	if err := w.e.owned.DisownHello(h.clientTuple()); err != nil {
-		w.log.limited(w.now, "an acknowledged hello is still noted: the next daemon resets its client's connection", "error", err)
-	}
+	w.forgetHello(h.clientTuple())
 }
 
 func (c *connection) clientTuple() maps.Tuple { return maps.Tuple{Src: c.client, Dst: c.listener} }
@@ -59,29 +56,39 @@ func (e *Engine) findOrphans() error {
 		e.orphans = append(e.orphans, orphan{client, cookie})
 	})
 	for _, client := range bound {
-		if err == nil {
-			err = e.o.Tables.DisownHello(client)
-		}
+		e.workers[0].forgetHello(client)
 	}
 	return err
 }
 
 // resetOrphans tells them, before any worker runs that could take one for a hello whose first bytes are late. Each is forgotten
 // only then, so that a daemon that dies meanwhile leaves the rest to the next one.
-func (e *Engine) resetOrphans() error {
-	w := e.workers[0]
-	w.now = e.clock.now()
-	for _, o := range e.orphans {
-		// All that we ever sent was the SYN-ACK: the reset is where the client waits.
-		w.send(&packet.Segment{Src: o.client.Dst, Dst: o.client.Src, Seq: o.cookie + 1, Flags: packet.RST})
-		w.stats.hellos[helloOrphaned]++
-		if err := e.o.Tables.DisownHello(o.client); err != nil {
-			return fmt.Errorf("reset the connections that an earlier daemon was in the middle of: %w", err)
-		}
+func (e *Engine) resetOrphans() {
+	for some := range slices.Chunk(e.orphans, burst) {
+		e.workers[0].resetOrphans(some)
 	}
 	if n := len(e.orphans); n > 0 {
 		e.o.Log.Warn("reset connections whose hello an earlier daemon had in part", "connections", n)
 	}
 	e.orphans = nil
-	return nil
+}
+
+// resetOrphans holds the lock, for who asks for the status meanwhile.
+func (w *worker) resetOrphans(some []orphan) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.now = w.e.clock.now()
+	for _, o := range some {
+		// All that we ever sent was the SYN-ACK: the reset is where the client waits.
+		w.send(&packet.Segment{Src: o.client.Dst, Dst: o.client.Src, Seq: o.cookie + 1, Flags: packet.RST})
+		w.stats.hellos[helloOrphaned]++
+		w.forgetHello(o.client)
+	}
+}
+
+// forgetHello is not worth to end for if it fails: with all that would be lost, a client is reset once more.
+func (w *worker) forgetHello(client maps.Tuple) {
+	if err := w.e.owned.DisownHello(client); err != nil {
+		w.log.limited(w.now, "an acknowledged hello is still noted: the next daemon resets its client's connection", "error", err)
+	}
 }

@@ -4,7 +4,10 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"net/netip"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -98,6 +101,47 @@ func TestOrphans(t *testing.T) {
 		must(t, k.tables.OwnedHellos(func(c maps.Tuple, _ uint32) { t.Errorf("%v is still noted", c) }))
 		d.flow(bound)
 	})
+}
+
+// stubborn keeps its notes.
+type stubborn struct{ noted }
+
+func (stubborn) DisownHello(maps.Tuple) error { return errors.New("no way") }
+
+// TestOrphansStay goes on when a note cannot be removed: all the flows hang on this daemon.
+func TestOrphansStay(t *testing.T) {
+	k := newKernel(t, 2, 100)
+	const lost = burst + 5
+	for n := range lost {
+		must(t, k.tables.OwnHello(pairOf(n, 0, false, true).Client, 1))
+	}
+	d, err := k.try(firstPlan(t, kernelRoutes, nil), nil)
+	must(t, err)
+	d.owned = stubborn{}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	var api sync.WaitGroup
+	ran := make(chan struct{})
+	api.Go(func() { // asks at any time: the race detector looks
+		for {
+			select {
+			case <-ran:
+				return
+			default:
+				d.Status()
+			}
+		}
+	})
+	err = d.Run(ctx)
+	close(ran)
+	api.Wait()
+	must(t, err)
+	if sent, _ := d.segments(0); len(sent) != lost {
+		t.Errorf("%d resets, want %d", len(sent), lost)
+	}
+	if !strings.Contains(d.log.String(), "is still noted") {
+		t.Errorf("the log does not say it: %s", d.log)
+	}
 }
 
 // TestOwnedFails goes on when there is no room for the note.

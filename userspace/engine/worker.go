@@ -111,7 +111,7 @@ func (w *worker) run() error {
 		w.now = w.e.clock.now()
 		more = w.read(w.quiet)
 		w.read(w.ring)
-		w.runTimers()
+		more = w.runTimers() || more
 		w.mu.Unlock()
 		w.turns.Add(1)
 	}
@@ -176,25 +176,22 @@ func (w *worker) patience() time.Duration {
 	return time.Duration((at>>tickShift+1)<<tickShift - now)
 }
 
-// runTimers has what is due looked at: flows together, since that takes system calls.
-func (w *worker) runTimers() {
+// runTimers has what is due looked at: flows together, since that takes system calls, and not more than one lot, since a hundred
+// thousand may be due at once. Returns true if there may be more.
+func (w *worker) runTimers() (more bool) {
 	for h, ok := w.timers.due(w.now); ok; h, ok = w.timers.due(w.now) {
 		h.expire(w)
 	}
-	for {
-		w.due = w.due[:0]
-		for len(w.due) < maps.FlowJobs {
-			n, ok := w.flowTimers.due(w.now)
-			if !ok {
-				break
-			}
-			w.due = append(w.due, w.flows.at(n))
+	w.due = w.due[:0]
+	for len(w.due) < maps.FlowJobs {
+		n, ok := w.flowTimers.due(w.now)
+		if !ok {
+			break
 		}
-		if len(w.due) == 0 {
-			return
-		}
-		w.review(w.due)
+		w.due = append(w.due, w.flows.at(n))
 	}
+	w.review(w.due)
+	return len(w.due) == maps.FlowJobs
 }
 
 const eventHeaderSize = int(unsafe.Sizeof(maps.EventHeader{}))
