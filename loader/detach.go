@@ -74,7 +74,7 @@ func removeLeftovers(ns *namespace, name string, log *slog.Logger) (found bool, 
 	}
 	// Whoever listened there is dead, as the lock is ours.
 	errs = append(errs, removeFile(filepath.Join(runDir, name+ns.suffix+".sock")))
-	errs = append(errs, removeJournal(ns, name), removeDir(dir), removeDir(dir+unfinished))
+	errs = append(errs, removeJournal(ns, name), removeDir(dir))
 	return found, errors.Join(errs...)
 }
 
@@ -113,13 +113,32 @@ func removeFilters(ns *namespace, device netlink.Link, name, dir string, log *sl
 	return len(filters) > 0, errors.Join(errs...)
 }
 
+// unlinkAll is a seam: tests stop it on its way.
+var unlinkAll = os.RemoveAll
+
 // removeDir removes a state directory. Only files and directories that we make are
-// in it, all at most two levels down.
+// in it, all at most two levels down. It goes under its other name first: a daemon that is
+// killed meanwhile leaves all of it or what is known for incomplete, never a part under
+// its own name, that the next one would go on with.
 func removeDir(dir string) error {
 	if dir == "" {
 		return nil
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	if err := removeUnfinished(dir); err != nil {
+		return err
+	}
+	if err := os.Rename(dir, dir+unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove state: %w", err)
+	}
+	return removeUnfinished(dir)
+}
+
+// removeUnfinished removes what of a state directory has its other name.
+func removeUnfinished(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	if err := unlinkAll(dir + unfinished); err != nil {
 		return fmt.Errorf("remove state: %w", err)
 	}
 	return nil

@@ -352,7 +352,7 @@ func (i *Instance) end(leave bool) error {
 		if i.mine && !stay {
 			errs = append(errs, releaseMarked(i.ns, i.dir), removeDir(i.dir), removeJournal(i.ns, i.opts.Name)) // marks of an earlier daemon too
 		}
-		errs = append(errs, removeDir(i.dir+unfinished), removeEmpty(stateDir), i.lock.release())
+		errs = append(errs, removeUnfinished(i.dir), removeEmpty(stateDir), i.lock.release())
 	}
 	return errors.Join(append(errs, i.ns.close())...)
 }
