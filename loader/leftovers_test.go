@@ -73,3 +73,25 @@ func TestKilledWhileRemoving(t *testing.T) {
 		})
 	}
 }
+
+// What a daemon leaves that is killed before its state is in place, or after it was taken from there, is found without its name.
+func TestRemainsUnfinished(t *testing.T) {
+	ns := newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	before := snapshot(t, ns)
+	o := testOptions(t, "eth0")
+	i, err := Load(o)
+	must(t, err)
+	t.Cleanup(func() { _ = Detach("test", o.Logger) })
+	must(t, os.Rename(i.dir, i.dir+unfinished))
+	die(t, i)
+	wantFinding(t, Doctor(nil), LevelWarn, "instance test", "died while it began or ended", "snilb detach --all --name test")
+	remains, err := Remains()
+	must(t, err)
+	wantSame(t, remains, []string{"test"})
+	if names, err := Instances(); err != nil || names != nil {
+		t.Errorf("instances with state: %q, %v", names, err)
+	}
+	must(t, Detach("test", o.Logger))
+	wantSame(t, snapshot(t, ns), before)
+}

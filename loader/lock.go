@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -212,6 +213,27 @@ func Instances() ([]string, error) {
 		return nil, err
 	}
 	return instancesIn(stateDir, suffix, "")
+}
+
+// Remains lists the instances of which anything is pinned: those that have state, and those
+// whose daemon died while it made or removed it.
+func Remains() ([]string, error) {
+	suffix, err := namespaceSuffix()
+	if err != nil {
+		return nil, err
+	}
+	return remainsIn(stateDir, suffix)
+}
+
+func remainsIn(dir, suffix string) ([]string, error) {
+	whole, err := instancesIn(dir, suffix, "")
+	if err != nil {
+		return nil, err
+	}
+	parts, err := instancesIn(dir, suffix, unfinished)
+	all := append(whole, parts...)
+	slices.Sort(all)
+	return slices.Compact(all), err
 }
 
 // instancesIn lists the instances that have a file or directory there.

@@ -76,7 +76,7 @@ func (d *detacher) all(ctx context.Context, only string) error {
 	names := []string{only}
 	if only == "" {
 		var err error
-		if names, err = loader.Instances(); err != nil {
+		if names, err = loader.Remains(); err != nil {
 			return err
 		}
 	}
