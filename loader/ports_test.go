@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -84,4 +85,27 @@ func TestPortsOfMergedRange(t *testing.T) {
 		t.Errorf("the lock says %+v", got)
 	}
 	refusedBy(t, withPorts(o, "other", "eth1", 15000, 15999), "overlap with those of instance test (10000-20999")
+}
+
+// Between old and new source ports may lie those that the node gives its own connections.
+func TestMergedRangeIsChecked(t *testing.T) {
+	ns := newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	o := testOptions(t)
+	keepAndLeave(t, withPorts(o, "test", "eth0", 10000, 29999))
+	before := snapshot(t, ns)
+	refusedBy(t, withPorts(o, "test", "eth0", 61100, 62000),
+		"source ports 61100-62000 cannot be added to those that connections have, 10000-29999: the source ports 10000-62000 overlap the ports 32768-60999")
+	wantSame(t, snapshot(t, ns), before)
+
+	var said strings.Builder
+	next := withPorts(o, "test", "eth0", 32700, 32767)
+	next.Logger = slog.New(slog.NewTextHandler(&said, nil))
+	i := load(t, next)
+	if got := i.SourcePorts(); got != [2]uint16{10000, 32767} {
+		t.Errorf("source ports %v", got)
+	}
+	if want := "the source ports 10000-32767 overlap Kubernetes' NodePorts"; !strings.Contains(said.String(), want) {
+		t.Errorf("not said: %s\n%s", want, &said)
+	}
 }
