@@ -165,6 +165,9 @@ func holder(ns *namespace, iface string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("interface %s: %w", iface, err)
 	}
+	if name, err := linkHolder(ns, device.Attrs().Index, RoleClient); err != nil || name != "" {
+		return name, err
+	}
 	filters, err := instanceFilters(ns, device.Attrs().Index, "")
 	if err != nil {
 		return "", err
@@ -177,20 +180,62 @@ func holder(ns *namespace, iface string) (string, error) {
 	return "", nil
 }
 
-// pinHolder returns the instance that has the link of a role on an interface; "" if
-// there is none.
+// pinHolder returns the instance that has pinned a link of a role under the name of an
+// interface, which may be gone; "" if there is none.
 func pinHolder(ns *namespace, iface string, role Role) (string, error) {
-	entries, err := os.ReadDir(stateDir)
+	return findPin(ns, func(dir string) (bool, error) {
+		_, err := os.Stat(linkPin(dir, iface, role))
+		return err == nil, nil
+	})
+}
+
+// linkHolder returns the instance that has the link of a role on an interface, be it
+// pinned under a name that the interface had before; "" if there is none.
+func linkHolder(ns *namespace, ifindex int, role Role) (string, error) {
+	return findPin(ns, func(dir string) (bool, error) {
+		path, err := pinOn(dir, ifindex, role)
+		return path != "", err
+	})
+}
+
+// findPin returns the first instance whose state directory has what is looked for.
+func findPin(ns *namespace, has func(dir string) (bool, error)) (string, error) {
+	names, err := instancesIn(stateDir, ns.suffix, "")
+	if err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		if found, err := has(filepath.Join(stateDir, name+ns.suffix)); err != nil || found {
+			return name, err
+		}
+	}
+	return "", nil
+}
+
+// pinOn returns where the link of a role on an interface is pinned; "" if there is none.
+func pinOn(dir string, ifindex int, role Role) (string, error) {
+	entries, err := os.ReadDir(filepath.Join(dir, "links"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("list instances: %w", err)
+		return "", fmt.Errorf("list links: %w", err)
 	}
 	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ns.suffix)
-		if !ok || !validName.MatchString(name) {
+		if _, has, err := parseLinkPin(e.Name()); err != nil || has != role {
 			continue
 		}
-		if _, err := os.Stat(linkPin(filepath.Join(stateDir, e.Name()), iface, role)); err == nil {
-			return name, nil
+		path := filepath.Join(dir, "links", e.Name())
+		h, err := openPinnedLink(path, role)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // since it was listed
+		}
+		if err != nil {
+			return "", err
+		}
+		on := h.ifindex()
+		if err := h.release(); err != nil {
+			return "", err
+		}
+		if on == ifindex {
+			return path, nil
 		}
 	}
 	return "", nil

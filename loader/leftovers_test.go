@@ -5,10 +5,15 @@ package loader
 import (
 	"errors"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
 )
 
 // stopUnlinks has the removal of state stop for good after so many unlinks, as a kill would.
@@ -94,4 +99,57 @@ func TestRemainsUnfinished(t *testing.T) {
 	}
 	must(t, Detach("test", o.Logger))
 	wantSame(t, snapshot(t, ns), before)
+}
+
+// An interface that was renamed while the daemon was dead has our programs still, pinned under its old name.
+func TestAdoptRenamed(t *testing.T) {
+	eachWay(t, func(t *testing.T, o Options) {
+		l := leave(t, o)
+		links := func() (all []link.ID) {
+			i := &Instance{ns: l.ns, dir: filepath.Join(stateDir, "test"+l.ns.suffix)}
+			found, err := i.leftLinks()
+			must(t, err)
+			for _, f := range found {
+				all = append(all, f.id)
+			}
+			slices.Sort(all)
+			return all
+		}
+		before := links()
+		must(t, netlink.LinkSetDown(device(t, "eth0")))
+		must(t, netlink.LinkSetName(device(t, "eth0"), "eth9"))
+		must(t, netlink.LinkSetUp(device(t, "eth9")))
+		o.Interfaces = named("eth9")
+		if !o.forceClsact {
+			if name, err := Holder("eth9"); name != "test" || err != nil {
+				t.Errorf("holder %q, %v", name, err)
+			}
+		}
+		other := withPorts(o, "other", "eth9", 30000, 30999)
+		refusedBy(t, other, "instance test")
+		var said strings.Builder
+		o.Logger = slog.New(slog.NewTextHandler(&said, nil))
+		i, err := Load(o)
+		must(t, err)
+		_, err = i.AddBackend(addrPort("10.8.0.7:443"))
+		must(t, err)
+		must(t, i.Attach())
+		if after := links(); !slices.Equal(after, before) {
+			t.Errorf("links %v, were %v", after, before)
+		}
+		if strings.Contains(said.String(), "taking a program off") || strings.Contains(said.String(), "tidy up") {
+			t.Errorf("said: %s", &said)
+		}
+		for _, a := range i.Interfaces() {
+			if a.Name == "eth0" {
+				t.Errorf("attached under the old name: %+v", a)
+			}
+		}
+		must(t, i.Close())
+		for _, s := range snapshot(t, l.ns) {
+			if strings.Contains(s, "snilb") {
+				t.Errorf("left: %s", s)
+			}
+		}
+	})
 }
