@@ -173,7 +173,11 @@ func (d *doctor) instances() {
 	}
 	for _, name := range names {
 		path := lockPath(d.ns, name)
-		if isHeld(path) {
+		held, err := look(path)
+		if d.hidden("instance "+name, err) {
+			continue
+		}
+		if held {
 			has := readOwner(path)
 			d.ok("instance "+name, "its daemon runs (pid %d), on %s", has.pid, strings.Join(has.interfaces, ", "))
 			continue
