@@ -257,7 +257,9 @@ func (i *Instance) adoptRest() error {
 		if i.isTakenOver(&l) {
 			continue
 		}
-		i.log.Info("taking a program off that is not asked for any more", "interface", l.iface, "role", l.role)
+		if l.device != nil { // else it went with its interface
+			i.log.Info("taking a program off that is not asked for any more", "interface", l.iface, "role", l.role)
+		}
 		errs = append(errs, l.remove())
 	}
 	return errors.Join(errs...)

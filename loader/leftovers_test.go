@@ -153,3 +153,54 @@ func TestAdoptRenamed(t *testing.T) {
 		}
 	})
 }
+
+// An interface that is away when the next daemon begins is no reason to let the connections by the others go: it is attached
+// when it is back.
+func TestAdoptAwayInterface(t *testing.T) {
+	eachWay(t, func(t *testing.T, o Options) {
+		l := leave(t, o)
+		o.Interfaces = named("eth0", "eth2")
+		addXDPVeth(t, "eth2", "10.7.0.1/24")
+		i, err := Load(o)
+		must(t, err)
+		must(t, i.Attach())
+		die(t, i)
+		for _, away := range [][]string{{"eth2"}, {"eth0", "eth2"}} {
+			for _, iface := range away {
+				if d, err := netlink.LinkByName(iface); err == nil {
+					must(t, netlink.LinkDel(d))
+				}
+			}
+			if err := fatal(Preflight(o)); err != nil {
+				t.Errorf("preflight: %v", err)
+			}
+			i := load(t, o)
+			must(t, i.Attach())
+			for _, name := range []string{"eth0", "eth2"} {
+				there := programOn(t, i, name, RoleClient) != 0
+				if want := !slices.Contains(away, name); there != want {
+					t.Errorf("program on %s: %v, want %v", name, there, want)
+				}
+			}
+			if len(away) == 1 {
+				l.wantFlow(t)
+				must(t, i.Leave())
+				continue
+			}
+			run(t, i)
+			for _, iface := range away {
+				addXDPVeth(t, iface)
+				eventually(t, iface+" is attached", func() bool { return programOn(t, i, iface, RoleClient) != 0 })
+			}
+		}
+	})
+}
+
+// A first start has nothing to go on with: an interface that is not there is a mistake.
+func TestAwayInterfaceAtFirst(t *testing.T) {
+	ns := newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	before := snapshot(t, ns)
+	refusedBy(t, testOptions(t, "eth0", "eth2"), "interface eth2: Link not found")
+	wantSame(t, snapshot(t, ns), before)
+}

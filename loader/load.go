@@ -210,6 +210,9 @@ func (i *Instance) refuseShared(other string, hasState bool) error {
 func (i *Instance) refuseHeld() error {
 	for _, name := range i.opts.names() {
 		other, err := holder(i.ns, name)
+		if isGone(err) {
+			continue // nobody has what is not there
+		}
 		if err != nil {
 			return err
 		}
