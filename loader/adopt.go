@@ -43,7 +43,11 @@ func (i *Instance) openState() (*adopted, error) {
 	if err != nil {
 		return nil, i.layoutError(err)
 	}
+	wanted := i.SourcePorts()
 	if err := i.opts.keep(record); err != nil {
+		return nil, err
+	}
+	if err := i.checkMerged(wanted, record); err != nil {
 		return nil, err
 	}
 	i.record = *record
@@ -137,6 +141,22 @@ func mergePorts(r *bpf.InstanceRecord, first, last uint16) (uint16, uint16, erro
 			first, r.SourcePortFirst, int(r.SourcePortFirst)%workers+workers)
 	}
 	return uint16(begin), max(last, r.SourcePortLast), nil
+}
+
+// checkMerged is preflight's check of the source ports once more where a record made them others than the wanted ones.
+func (i *Instance) checkMerged(wanted [2]uint16, r *bpf.InstanceRecord) error {
+	if i.SourcePorts() == wanted {
+		return nil
+	}
+	problems := checkPorts(i.ns, i.opts.SourcePortFirst, i.opts.SourcePortLast)
+	if err := fatal(problems); err != nil {
+		return fmt.Errorf("source ports %d-%d cannot be added to those that connections have, %d-%d: %w; or ask for some within or next to the old ones, or detach the instance first: snilb detach --all --name %s",
+			wanted[0], wanted[1], r.SourcePortFirst, r.SourcePortLast, err, i.opts.Name)
+	}
+	for _, p := range problems {
+		i.log.Warn(p.What, "remedy", p.Remedy)
+	}
+	return nil
 }
 
 // silence is how long the daemon has given no sign of life that left the tables.
@@ -237,7 +257,9 @@ func (i *Instance) adoptRest() error {
 		if i.isTakenOver(&l) {
 			continue
 		}
-		i.log.Info("taking a program off that is not asked for any more", "interface", l.iface, "role", l.role)
+		if l.device != nil { // else it went with its interface
+			i.log.Info("taking a program off that is not asked for any more", "interface", l.iface, "role", l.role)
+		}
 		errs = append(errs, l.remove())
 	}
 	return errors.Join(errs...)

@@ -74,8 +74,9 @@ func (i *Instance) Interfaces() []InterfaceStatus {
 // Attach puts the programs on the TAP device and the client-facing interfaces: a
 // client program where clients come in, and a backend program behind it, as
 // backends may be there too; in the XDP modes one more in front of both. Programs that
-// an earlier daemon attached are replaced where they are, without a gap. If one step
-// fails, all that Attach did is undone, but for these: their connections go on.
+// an earlier daemon attached are replaced where they are, without a gap, and interfaces
+// that are gone since are left to Run. If one step fails, all that Attach did is undone, but
+// for what it took over: its connections go on.
 func (i *Instance) Attach() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -93,6 +94,9 @@ func (i *Instance) Attach() error {
 	targets := []target{{tapDevice, RoleTap}}
 	for _, name := range i.opts.names() {
 		device, err := clientDevice(i.ns, name)
+		if i.state != nil && isAbsent(err) {
+			continue // preflight has warned, and Run attaches it once it is there
+		}
 		if err != nil {
 			return err
 		}

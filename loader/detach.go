@@ -74,7 +74,7 @@ func removeLeftovers(ns *namespace, name string, log *slog.Logger) (found bool, 
 	}
 	// Whoever listened there is dead, as the lock is ours.
 	errs = append(errs, removeFile(filepath.Join(runDir, name+ns.suffix+".sock")))
-	errs = append(errs, removeJournal(ns, name), removeDir(dir), removeDir(dir+unfinished))
+	errs = append(errs, removeJournal(ns, name), removeDir(dir))
 	return found, errors.Join(errs...)
 }
 
@@ -113,13 +113,32 @@ func removeFilters(ns *namespace, device netlink.Link, name, dir string, log *sl
 	return len(filters) > 0, errors.Join(errs...)
 }
 
+// unlinkAll is a seam: tests stop it on its way.
+var unlinkAll = os.RemoveAll
+
 // removeDir removes a state directory. Only files and directories that we make are
-// in it, all at most two levels down.
+// in it, all at most two levels down. It goes under its other name first: a daemon that is
+// killed meanwhile leaves all of it or what is known for incomplete, never a part under
+// its own name, that the next one would go on with.
 func removeDir(dir string) error {
 	if dir == "" {
 		return nil
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	if err := removeUnfinished(dir); err != nil {
+		return err
+	}
+	if err := os.Rename(dir, dir+unfinished); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove state: %w", err)
+	}
+	return removeUnfinished(dir)
+}
+
+// removeUnfinished removes what of a state directory has its other name.
+func removeUnfinished(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	if err := unlinkAll(dir + unfinished); err != nil {
 		return fmt.Errorf("remove state: %w", err)
 	}
 	return nil
@@ -146,6 +165,9 @@ func holder(ns *namespace, iface string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("interface %s: %w", iface, err)
 	}
+	if name, err := linkHolder(ns, device.Attrs().Index, RoleClient); err != nil || name != "" {
+		return name, err
+	}
 	filters, err := instanceFilters(ns, device.Attrs().Index, "")
 	if err != nil {
 		return "", err
@@ -158,20 +180,62 @@ func holder(ns *namespace, iface string) (string, error) {
 	return "", nil
 }
 
-// pinHolder returns the instance that has the link of a role on an interface; "" if
-// there is none.
+// pinHolder returns the instance that has pinned a link of a role under the name of an
+// interface, which may be gone; "" if there is none.
 func pinHolder(ns *namespace, iface string, role Role) (string, error) {
-	entries, err := os.ReadDir(stateDir)
+	return findPin(ns, func(dir string) (bool, error) {
+		_, err := os.Stat(linkPin(dir, iface, role))
+		return err == nil, nil
+	})
+}
+
+// linkHolder returns the instance that has the link of a role on an interface, be it
+// pinned under a name that the interface had before; "" if there is none.
+func linkHolder(ns *namespace, ifindex int, role Role) (string, error) {
+	return findPin(ns, func(dir string) (bool, error) {
+		path, err := pinOn(dir, ifindex, role)
+		return path != "", err
+	})
+}
+
+// findPin returns the first instance whose state directory has what is looked for.
+func findPin(ns *namespace, has func(dir string) (bool, error)) (string, error) {
+	names, err := instancesIn(stateDir, ns.suffix, "")
+	if err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		if found, err := has(filepath.Join(stateDir, name+ns.suffix)); err != nil || found {
+			return name, err
+		}
+	}
+	return "", nil
+}
+
+// pinOn returns where the link of a role on an interface is pinned; "" if there is none.
+func pinOn(dir string, ifindex int, role Role) (string, error) {
+	entries, err := os.ReadDir(filepath.Join(dir, "links"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("list instances: %w", err)
+		return "", fmt.Errorf("list links: %w", err)
 	}
 	for _, e := range entries {
-		name, ok := strings.CutSuffix(e.Name(), ns.suffix)
-		if !ok || !validName.MatchString(name) {
+		if _, has, err := parseLinkPin(e.Name()); err != nil || has != role {
 			continue
 		}
-		if _, err := os.Stat(linkPin(filepath.Join(stateDir, e.Name()), iface, role)); err == nil {
-			return name, nil
+		path := filepath.Join(dir, "links", e.Name())
+		h, err := openPinnedLink(path, role)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // since it was listed
+		}
+		if err != nil {
+			return "", err
+		}
+		on, err := h.ifindex()
+		if err := errors.Join(err, h.release()); err != nil {
+			return "", err
+		}
+		if on == ifindex {
+			return path, nil
 		}
 	}
 	return "", nil

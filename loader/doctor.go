@@ -167,12 +167,17 @@ func (d *doctor) instances() {
 			names = append(names, name)
 		}
 	}
-	if len(names) == 0 && err == nil && !unknown {
+	parts := d.unfinished(names)
+	if len(names)+parts == 0 && err == nil && !unknown {
 		d.ok(subject, "none")
 	}
 	for _, name := range names {
 		path := lockPath(d.ns, name)
-		if isHeld(path) {
+		held, err := look(path)
+		if d.hidden("instance "+name, err) {
+			continue
+		}
+		if held {
 			has := readOwner(path)
 			d.ok("instance "+name, "its daemon runs (pid %d), on %s", has.pid, strings.Join(has.interfaces, ", "))
 			continue
@@ -180,6 +185,20 @@ func (d *doctor) instances() {
 		d.warn("instance "+name, "its daemon is dead and has left its state, by which connections go on",
 			fmt.Sprintf("see snilb status --name %s; start it again, or remove it: snilb detach --all --name %s", name, name))
 	}
+}
+
+// unfinished tells of instances that are not whole, and of which no daemon is at work. Returns how many.
+func (d *doctor) unfinished(known []string) (count int) {
+	parts, _ := instancesIn(stateDir, d.ns.suffix, unfinished) // its error was told already
+	for _, name := range parts {
+		if slices.Contains(known, name) {
+			continue
+		}
+		count++
+		d.warn("instance "+name, "its daemon died while it began or ended, and has left tables that nobody uses",
+			fmt.Sprintf("snilb detach --all --name %s, or start it", name))
+	}
+	return count
 }
 
 // allInterfaces lists those that a client's packets could come in by. Our TAP devices are not among them.

@@ -3,6 +3,8 @@
 package loader
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"strings"
 	"testing"
@@ -157,6 +159,27 @@ func TestDoctorFewRights(t *testing.T) {
 		wantFinding(t, found, LevelOK, "eth0", "up", "")
 		wantFinding(t, found, LevelOK, "eth0 tc", "works", "")
 	})
+}
+
+// A lock that is another user's does not tell whether its daemon runs.
+func TestDoctorOfOtherUser(t *testing.T) {
+	ns := newNetns(t)
+	lock, err := acquire(ns, "test")
+	must(t, err)
+	path := lock.path
+	t.Cleanup(func() { must(t, removeFile(path)) })
+	must(t, lock.file.Chown(4001, -1))
+	for _, dead := range []bool{false, true} {
+		if dead {
+			must(t, lock.file.Close())
+		}
+		capable(t, nil, func() {
+			wantFinding(t, Doctor(nil), LevelWarn, "instance test", "not known: only root may look", "run as root")
+			if pid, _, err := Held("test"); pid != 0 || !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("held by %d, %v", pid, err)
+			}
+		})
+	}
 }
 
 func TestDoctorMachine(t *testing.T) {

@@ -111,15 +111,11 @@ func (i *Instance) claim() (err error) {
 	if i.lock, err = acquire(i.ns, i.opts.Name); err != nil {
 		return err
 	}
-	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names(), ports: [2]uint16{i.opts.SourcePortFirst, i.opts.SourcePortLast}}); err != nil {
-		return err
-	}
 	if err := mountBPFFS(i.log); err != nil {
 		return err
 	}
 	i.dir = filepath.Join(stateDir, i.opts.Name+i.ns.suffix)
-	// Only now: two daemons that start at once see each other's locks.
-	if err := i.refuseTaken(); err != nil {
+	if err := i.announce(); err != nil {
 		return err
 	}
 	if err := i.opts.before("state"); err != nil {
@@ -129,6 +125,10 @@ func (i *Instance) claim() (err error) {
 		return err
 	}
 	if i.state != nil {
+		// Its connections have ports too, by which ours have become more.
+		if err := i.announce(); err != nil {
+			return err
+		}
 		i.log.Info("going on with what an earlier daemon left", "instance", i.opts.Name, "silent_for", i.state.silence())
 		return nil
 	}
@@ -139,37 +139,80 @@ func (i *Instance) claim() (err error) {
 	return err
 }
 
-// refuseTaken looks whether another instance has one of our interfaces.
+// announce has the lock say what we take, and then looks whether another instance has it: two
+// daemons that start at once see each other's locks.
+func (i *Instance) announce() error {
+	if err := i.lock.write(owner{pid: os.Getpid(), interfaces: i.opts.names(), ports: i.SourcePorts()}); err != nil {
+		return err
+	}
+	return i.refuseTaken()
+}
+
+// refuseTaken looks whether another instance has one of our interfaces, or source ports:
+// what comes back from a backend that both have would be the other's.
 func (i *Instance) refuseTaken() error {
 	locked, err := instancesIn(runDir, i.ns.suffix, ".lock")
 	if err != nil {
 		return err
 	}
-	for _, other := range locked {
-		path := lockPath(i.ns, other)
+	left, err := instancesIn(stateDir, i.ns.suffix, "")
+	if err != nil {
+		return err
+	}
+	all := append(locked, left...)
+	slices.Sort(all)
+	for _, other := range slices.Compact(all) {
 		if other == i.opts.Name {
 			continue
 		}
-		has, held := readOwner(path), isHeld(path)
-		if !held {
-			if err := i.refusePortsOfDead(other, has); err != nil {
-				return err
-			}
-			continue
+		if err := i.refuseShared(other, slices.Contains(left, other)); err != nil {
+			return err
 		}
+	}
+	return i.refuseHeld()
+}
+
+// refuseShared is refuseTaken for one other instance.
+func (i *Instance) refuseShared(other string, hasState bool) error {
+	path := lockPath(i.ns, other)
+	has, held := readOwner(path), isHeld(path)
+	if held {
 		for _, name := range i.opts.names() {
 			if slices.Contains(has.interfaces, name) {
 				return fmt.Errorf("interface %s belongs to instance %s (pid %d); stop that one first, or name the interface there only", name, other, has.pid)
 			}
 		}
-		// What comes back from a backend that both have would be the other's.
-		if i.opts.overlaps(has.ports) {
+	}
+	if !held && !hasState {
+		return nil // it has left nothing
+	}
+	// The lock is gone with a daemon that has left its state, and tells of one that begins what the state does not yet.
+	ranges := [][2]uint16{has.ports}
+	// State of another version may not tell its ports.
+	if record, err := readRecord(filepath.Join(stateDir, other+i.ns.suffix)); err == nil {
+		ranges = append(ranges, [2]uint16{record.SourcePortFirst, record.SourcePortLast})
+	}
+	for _, ports := range ranges {
+		switch {
+		case !i.opts.overlaps(ports):
+		case held:
 			return fmt.Errorf("the source ports %d-%d overlap with those of instance %s (%d-%d, pid %d); give the pools of one of them a range of their own: source: {ports: \"5000-9999\"}",
-				i.opts.SourcePortFirst, i.opts.SourcePortLast, other, has.ports[0], has.ports[1], has.pid)
+				i.opts.SourcePortFirst, i.opts.SourcePortLast, other, ports[0], ports[1], has.pid)
+		default:
+			return fmt.Errorf("instance %s, whose daemon is dead, still has connections from the source ports %d-%d; start it again, remove it (snilb detach --all --name %s), or give the pools here a range of their own: source: {ports: \"5000-9999\"}",
+				other, ports[0], ports[1], other)
 		}
 	}
+	return nil
+}
+
+// refuseHeld looks for programs of other instances on our interfaces.
+func (i *Instance) refuseHeld() error {
 	for _, name := range i.opts.names() {
 		other, err := holder(i.ns, name)
+		if isGone(err) {
+			continue // nobody has what is not there
+		}
 		if err != nil {
 			return err
 		}
@@ -178,17 +221,6 @@ func (i *Instance) refuseTaken() error {
 		}
 	}
 	return nil
-}
-
-// refusePortsOfDead is for an instance whose daemon is dead: its connections go on, and
-// would be cut.
-func (i *Instance) refusePortsOfDead(other string, has owner) error {
-	_, err := os.Stat(filepath.Join(stateDir, other+i.ns.suffix))
-	if err != nil || !i.opts.overlaps(has.ports) {
-		return nil // it has left nothing
-	}
-	return fmt.Errorf("instance %s, whose daemon is dead, still has connections from the source ports %d-%d; start it again, remove it (snilb detach --all --name %s), or give the pools here a range of their own: source: {ports: \"5000-9999\"}",
-		other, has.ports[0], has.ports[1], other)
 }
 
 // build makes everything that does not touch packets.
@@ -352,7 +384,7 @@ func (i *Instance) end(leave bool) error {
 		if i.mine && !stay {
 			errs = append(errs, releaseMarked(i.ns, i.dir), removeDir(i.dir), removeJournal(i.ns, i.opts.Name)) // marks of an earlier daemon too
 		}
-		errs = append(errs, removeDir(i.dir+unfinished), removeEmpty(stateDir), i.lock.release())
+		errs = append(errs, removeUnfinished(i.dir), removeEmpty(stateDir), i.lock.release())
 	}
 	return errors.Join(append(errs, i.ns.close())...)
 }

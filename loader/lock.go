@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -130,16 +131,26 @@ func readOwner(path string) (o owner) {
 
 // isHeld reports whether a living process holds the lock. Who may not look hears that one does.
 func isHeld(path string) bool {
+	held, err := look(path)
+	return held || err != nil
+}
+
+// look is isHeld with an error that is fs.ErrPermission for who may not look.
+func look(path string) (held bool, err error) {
 	file, err := os.Open(path)
+	if errors.Is(err, fs.ErrPermission) {
+		return false, err
+	}
 	if err != nil {
-		return errors.Is(err, fs.ErrPermission)
+		return false, nil
 	}
 	defer file.Close() //nolint:errcheck // only read
-	return errors.Is(unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+	return errors.Is(unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK), nil
 }
 
 // Running reports the process that holds an instance of the calling thread's
-// network namespace, or 0.
+// network namespace, or 0. Returns an error that is fs.ErrPermission if only the
+// daemon's user may look.
 func Running(name string) (pid int, err error) {
 	pid, _, err = Held(name)
 	return pid, err
@@ -148,8 +159,15 @@ func Running(name string) (pid int, err error) {
 // Held is Running with the interfaces that face clients.
 func Held(name string) (pid int, interfaces []string, err error) {
 	path, err := placed(runDir, name, ".lock")
-	if err != nil || !isHeld(path) {
+	if err != nil {
 		return 0, nil, err
+	}
+	held, err := look(path)
+	if err != nil {
+		return 0, nil, fmt.Errorf("see whether a daemon has instance %s: %w; run this as the daemon's user, or as root", name, err)
+	}
+	if !held {
+		return 0, nil, nil
 	}
 	o := readOwner(path)
 	return o.pid, o.interfaces, nil
@@ -212,6 +230,27 @@ func Instances() ([]string, error) {
 		return nil, err
 	}
 	return instancesIn(stateDir, suffix, "")
+}
+
+// Remains lists the instances of which anything is pinned: those that have state, and those
+// whose daemon died while it made or removed it.
+func Remains() ([]string, error) {
+	suffix, err := namespaceSuffix()
+	if err != nil {
+		return nil, err
+	}
+	return remainsIn(stateDir, suffix)
+}
+
+func remainsIn(dir, suffix string) ([]string, error) {
+	whole, err := instancesIn(dir, suffix, "")
+	if err != nil {
+		return nil, err
+	}
+	parts, err := instancesIn(dir, suffix, unfinished)
+	all := append(whole, parts...)
+	slices.Sort(all)
+	return slices.Compact(all), err
 }
 
 // instancesIn lists the instances that have a file or directory there.

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -22,6 +23,8 @@ type Problem struct {
 	What, Remedy string
 	// Warning: it may do harm, but Load goes on.
 	Warning bool
+
+	absent bool // it is about an interface that is not there
 }
 
 func (p Problem) Error() string {
@@ -78,10 +81,27 @@ func preflight(ns *namespace, o *Options) []Problem {
 	}
 	for _, i := range o.Interfaces {
 		if err := o.checkInterface(ns, i.Name, i.Mode); err != nil {
-			problems = append(problems, asProblem(err))
+			p := asProblem(err)
+			if isAbsent(err) && hasLeft(ns, o.Name) {
+				p = p.away()
+			}
+			problems = append(problems, p)
 		}
 	}
 	return problems
+}
+
+// hasLeft reports whether a daemon of that name would go on with what an earlier one left.
+func hasLeft(ns *namespace, name string) bool {
+	_, err := os.Stat(filepath.Join(stateDir, name+ns.suffix))
+	return err == nil
+}
+
+// away is a missing interface to a daemon that goes on: to let the connections by the
+// others go is worse, and one that runs already waits for it too.
+func (p Problem) away() Problem {
+	p.Warning, p.Remedy = true, "none if it comes back: it is attached then; else "+p.Remedy
+	return p
 }
 
 // checkInterface looks whether an interface can be attached in a mode. Its errors are
@@ -111,6 +131,12 @@ func asProblem(err error) Problem {
 		return p
 	}
 	return Problem{What: err.Error(), Remedy: "see above"}
+}
+
+// isAbsent reports whether an error of clientDevice says that there is no such interface.
+func isAbsent(err error) bool {
+	var p Problem
+	return errors.As(err, &p) && p.absent
 }
 
 func checkKernel() []Problem { return checkRelease(kernelRelease()) }
@@ -235,7 +261,10 @@ func judgeJIT(value string) []Problem {
 func clientDevice(ns *namespace, name string) (netlink.Link, error) {
 	device, err := ns.LinkByName(name)
 	if err != nil {
-		return nil, Problem{What: fmt.Sprintf("interface %s: %v", name, err), Remedy: "see `ip link` for the names of this network namespace"}
+		return nil, Problem{
+			What: fmt.Sprintf("interface %s: %v", name, err), Remedy: "see `ip link` for the names of this network namespace",
+			absent: isGone(err),
+		}
 	}
 	if device.Attrs().Flags&net.FlagLoopback != 0 {
 		return nil, Problem{

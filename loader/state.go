@@ -21,7 +21,7 @@ const (
 	stateDir = bpffs + "/snilb"
 	runDir   = "/run/snilb"
 
-	// unfinished marks a state directory that is being built.
+	// unfinished marks a state directory that is being built, or removed.
 	unfinished = "~new"
 )
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 )
@@ -16,24 +17,52 @@ import (
 // takeOver puts a program in the place of the one that an earlier daemon attached for the same role: no packet meets
 // none of them. Returns nil if there is none, or one that cannot go on and was taken off.
 func (i *Instance) takeOver(a *attachment, device netlink.Link) (hook, error) {
-	h, err := openPinnedLink(linkPin(i.dir, a.iface, a.role), a.role)
+	h, err := i.openLeftLink(a)
 	if errors.Is(err, fs.ErrNotExist) {
 		return i.takeOverFilter(a)
 	}
 	if err != nil {
 		return nil, err
 	}
-	ifindex, err := h.ifindex()
-	if err != nil {
-		return nil, errors.Join(err, h.release())
-	}
-	if ifindex != a.ifindex || a.role == RoleXDP && !hasXDPMode(device, a.mode) {
-		return nil, h.detach() // of an interface that had the name before, or in another mode
+	if a.role == RoleXDP && !hasXDPMode(device, a.mode) {
+		return nil, h.detach()
 	}
 	if err := h.link.Update(a.prog); err != nil {
 		return nil, errors.Join(fmt.Errorf("replace the program: %w", err), h.release())
 	}
 	return h, nil
+}
+
+// openLeftLink opens the link that an earlier daemon attached, and has the interface's name of today name its pin. Returns
+// an error that is fs.ErrNotExist if there is none.
+func (i *Instance) openLeftLink(a *attachment) (*linkHook, error) {
+	path := linkPin(i.dir, a.iface, a.role)
+	h, err := openPinnedLink(path, a.role)
+	if err == nil {
+		ifindex, err := h.ifindex()
+		switch {
+		case err != nil:
+			return nil, errors.Join(err, h.release())
+		case ifindex == a.ifindex:
+			return h, nil
+		}
+		if err := h.detach(); err != nil { // of an interface that had the name before
+			return nil, err
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	before, err := pinOn(i.dir, a.ifindex, a.role)
+	if err != nil {
+		return nil, err
+	}
+	if before == "" {
+		return nil, fs.ErrNotExist
+	}
+	if err := os.Rename(before, path); err != nil {
+		return nil, fmt.Errorf("rename the pin of a link: %w", err)
+	}
+	return openPinnedLink(path, a.role)
 }
 
 // hasXDPMode reports whether the XDP program of an interface runs in that mode.
@@ -65,13 +94,22 @@ func (i *Instance) takeOverFilter(a *attachment) (hook, error) {
 	return nil, nil
 }
 
+// id is the link's own, whatever its pin is named; 0 if the kernel does not tell.
+func (h *linkHook) id() link.ID {
+	info, err := h.link.Info()
+	if err != nil {
+		return 0
+	}
+	return info.ID
+}
+
 // leftAttachment is a program that an earlier daemon attached.
 type leftAttachment struct {
 	iface   string
 	ifindex int // 0: the interface is gone
 	role    Role
 	device  netlink.Link // nil then
-	pin     string       // "" of a filter
+	id      link.ID      // 0 of a filter
 	remove  func() error
 }
 
@@ -82,7 +120,7 @@ func (i *Instance) isTakenOver(l *leftAttachment) bool {
 		return false
 	}
 	h, ok := a.hook.(*linkHook)
-	return !ok || h.pinned == l.pin
+	return !ok || h.id() == l.id
 }
 
 // leftAttachments lists what the instance has on interfaces.
@@ -118,12 +156,13 @@ func (i *Instance) leftLinks() ([]leftAttachment, error) {
 			return nil, err
 		}
 		path := filepath.Join(dir, e.Name())
-		left := leftAttachment{iface: iface, role: role, pin: path, remove: func() error { return removePinnedLink(path) }}
+		left := leftAttachment{iface: iface, role: role, remove: func() error { return removePinnedLink(path) }}
 		h, err := openPinnedLink(path, role)
 		if err != nil {
 			return nil, err
 		}
 		left.ifindex, err = h.ifindex()
+		left.id = h.id()
 		if err := errors.Join(err, h.release()); err != nil {
 			return nil, err
 		}

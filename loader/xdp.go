@@ -88,8 +88,8 @@ func remedyFor(iface string, mode Mode, err error) string {
 // it is tried. Its errors are Problems.
 func (o *Options) checkXDP(ns *namespace, device netlink.Link, mode Mode) error {
 	if x := device.Attrs().Xdp; x != nil && x.Attached {
-		// What a dead daemon of this name left is removed before we attach.
-		if holder, err := pinHolder(ns, device.Attrs().Name, RoleXDP); err != nil || holder != o.Name {
+		// What a dead daemon of this name left is taken over, also if the interface had another name then.
+		if holder, err := linkHolder(ns, device.Attrs().Index, RoleXDP); err != nil || holder != o.Name {
 			return errors.Join(err, slotTaken(ns, device))
 		}
 	}
@@ -152,7 +152,7 @@ func checkFeatures(ns *namespace, device netlink.Link, features uint64) error {
 // slotTaken says who has the XDP slot of an interface.
 func slotTaken(ns *namespace, device netlink.Link) error {
 	name := device.Attrs().Name
-	holder, err := pinHolder(ns, name, RoleXDP)
+	holder, err := linkHolder(ns, device.Attrs().Index, RoleXDP)
 	if err == nil && holder != "" {
 		return Problem{
 			What:   fmt.Sprintf("XDP on interface %s is taken by snilb instance %s", name, holder),

@@ -7,13 +7,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
+	"net"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"snilb/loader"
+	"snilb/userspace/api"
 )
 
 const (
@@ -76,7 +80,7 @@ func (d *detacher) all(ctx context.Context, only string) error {
 	names := []string{only}
 	if only == "" {
 		var err error
-		if names, err = loader.Instances(); err != nil {
+		if names, err = loader.Remains(); err != nil {
 			return err
 		}
 	}
@@ -141,6 +145,9 @@ func wholly(name string, named []string) error {
 // nothing of it.
 func (d *detacher) instance(ctx context.Context, name string) error {
 	pid, err := loader.Running(name)
+	if errors.Is(err, fs.ErrPermission) {
+		return d.unseen(ctx, name, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -173,6 +180,25 @@ func (d *detacher) instance(ctx context.Context, name string) error {
 	return nil
 }
 
+// unseen is instance for who may not see whether a daemon runs, but perhaps may ask it: --api-owner.
+func (d *detacher) unseen(ctx context.Context, name string, hidden error) error {
+	socket := d.socket
+	if socket == "" {
+		var err error
+		if socket, err = loader.SocketPath(name); err != nil {
+			return err
+		}
+	}
+	if err := api.NewClient(name, socket).Detach(ctx); err != nil {
+		return errors.Join(err, hidden)
+	}
+	if err := waitUnseen(ctx, name, socket); err != nil {
+		return err
+	}
+	_, _ = fmt.Fprintf(d.out, "detached instance %s\n", name)
+	return nil
+}
+
 // ask has a daemon let go and waits until it has; with --force not for long.
 func (d *detacher) ask(ctx context.Context, name string, pid int) error {
 	client, err := clientOf(name, d.socket)
@@ -191,6 +217,28 @@ func (d *detacher) ask(ctx context.Context, name string, pid int) error {
 		return noDaemon(name, err)
 	}
 	return waitGone(end, name, pid)
+}
+
+// waitUnseen is waitGone for who may not see the daemon, but sees its lock, which goes with it, and its socket, which
+// nobody serves any more after a death.
+func waitUnseen(ctx context.Context, name, socket string) error {
+	for {
+		if _, err := loader.Running(name); !errors.Is(err, fs.ErrPermission) {
+			return err
+		}
+		conn, err := net.Dial("unix", socket)
+		if err == nil {
+			_ = conn.Close() // nothing was written
+		}
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return fmt.Errorf("daemon %s died on its way; run this as the daemon's user, or as root, to remove what it left", name)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(gonePoll):
+		}
+	}
 }
 
 // waitGone waits for the daemon's end, as long as its drain timeout makes it.

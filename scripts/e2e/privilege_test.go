@@ -62,7 +62,7 @@ func useBinary(t *testing.T, cgo string) {
 	t.Cleanup(func() { binary, binaryErr = before, beforeErr })
 }
 
-// TestAPIOwner has another user ask the daemon, by user and by group, and nobody else.
+// TestAPIOwner has another user ask the daemon, by user and by group, and nobody else; and let it go at last.
 func TestAPIOwner(t *testing.T) {
 	needTool(t, "setpriv")
 	const user, group, other = "4001", "4002", "4003"
@@ -87,7 +87,21 @@ func TestAPIOwner(t *testing.T) {
 				t.Errorf("owner %s: user %s, group %s is told\n%s", c.owner, who.uid, who.gid, out)
 			}
 		}
-		d.stop(syscall.SIGTERM)
+		asUser := func(uid string) ([]byte, error) {
+			return bed.LB.Command(t.Context(), "setpriv", "--reuid", uid, "--regid", other, "--clear-groups", "--",
+				readable, "detach", "--all", "--name", d.name).CombinedOutput()
+		}
+		if out, err := asUser(other); err == nil || !strings.Contains(string(out), "permission denied") {
+			t.Errorf("owner %s: user %s detaches: %v\n%s", c.owner, other, err, out)
+		}
+		if out, err := asUser(user); err != nil || !strings.Contains(string(out), "detached instance "+d.name) {
+			t.Fatalf("owner %s: user %s detaches: %v\n%s", c.owner, user, err, out)
+		}
+		<-d.exited
+		if d.err != nil {
+			t.Errorf("asked to detach it ended by %v", d.err)
+		}
+		assertClean(t, bed, d.name)
 	}
 }
 

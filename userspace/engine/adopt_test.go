@@ -252,7 +252,7 @@ func TestUnheardQuiet(t *testing.T) {
 					mark()
 				}
 				k.bind(p)
-				d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+				d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 				mark()
 				f, w := d.flow(p), d.workers[0]
 				w.now = d.clock.now() + int64(c.silent)
