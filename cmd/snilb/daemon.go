@@ -117,11 +117,7 @@ func (s *server) setupError(err error) error {
 func (s *server) prepare() error {
 	c := s.config.Load()
 	problems := checkSources(c)
-	problems = append(problems, eachBackend(c, func(addr netip.AddrPort, sources []netip.Addr) error {
-		_, err := s.instance.AddBackend(addr, sources...)
-		s.backends[addr] = true
-		return err
-	})...)
+	problems = append(problems, eachBackend(c, s.firstBackend)...)
 	if len(problems) > 0 {
 		return problems
 	}
@@ -144,6 +140,18 @@ func (s *server) prepare() error {
 		return errors.Join(err, s.socket.Close())
 	}
 	return nil
+}
+
+// firstBackend has the loader know a backend at the start. Where an earlier daemon left its state the start bears what a
+// running daemon does: one that is away just now must not keep all others from being served.
+func (s *server) firstBackend(addr netip.AddrPort, sources []netip.Addr) error {
+	_, err := s.instance.AddBackend(addr, sources...)
+	s.backends[addr] = true
+	if errors.Is(err, loader.ErrUnreachable) && s.instance.Adopted() {
+		s.log.Warn("a backend waits for a route to it", "backend", addr, "error", err, "remedy", backendRemedy(err))
+		return nil
+	}
+	return err
 }
 
 func (s *server) engineOptions() engine.Options {
