@@ -150,6 +150,15 @@ func (t *Tables) SetLive(l *Live) error {
 	return nil
 }
 
+// Live is what SetLive wrote last.
+func (t *Tables) Live() (l Live, err error) {
+	zero := uint32(0)
+	if err := t.Control.Lookup(&zero, &l); err != nil {
+		return l, fmt.Errorf("read control: %w", err)
+	}
+	return l, nil
+}
+
 // Packets sums the counters of one slot over the CPUs, by reason.
 func (t *Tables) Packets(slot uint32) (CounterSet, error) {
 	var perCPU []CounterSet

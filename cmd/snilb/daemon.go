@@ -168,6 +168,7 @@ func (s *server) engineOptions() engine.Options {
 		MSS:             s.instance.MTU,
 		HasSockets:      s.instance.HasSockets,
 		Secret:          s.instance.Secret(),
+		Adopted:         s.instance.Adopted(),
 		Journal:         s.instance.Journal(),
 		SourcePortFirst: s.ports[0],
 		SourcePortLast:  s.ports[1],
@@ -216,6 +217,9 @@ func (s *server) run(signals <-chan os.Signal) error {
 	start(s.followReloads)
 	start(func(ctx context.Context) error { return api.Serve(ctx, s.socket, s.handlers(), s.log) })
 	if err := s.instance.Attach(); err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
+	if err := s.engine.Ready(); err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
 	s.dropPrivileges()
