@@ -56,9 +56,9 @@ type server struct {
 	leave  bool          // all stays for the next daemon
 
 	// These are read by the socket's handlers.
-	ready, draining atomic.Bool
-	config          atomic.Pointer[config.Config] // in force
-	reloaded        atomic.Pointer[reloadStatus]  // never nil
+	ready, draining, leaving atomic.Bool
+	config                   atomic.Pointer[config.Config] // in force
+	reloaded                 atomic.Pointer[reloadStatus]  // never nil
 
 	hangups   chan struct{}           // holds the wish of SIGHUP
 	reloading sync.Mutex              // held by one reload, which reads and writes the rest
@@ -336,6 +336,7 @@ func (s *server) drain(signals <-chan os.Signal) error {
 
 // quiesce takes what is being set up to its end, as far as another daemon could not.
 func (s *server) quiesce(signals <-chan os.Signal) error {
+	s.leaving.Store(true)
 	s.ready.Store(false)
 	s.notify(daemon.SdNotifyStopping)
 	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
@@ -387,7 +388,7 @@ func (s *server) status() (statusDocument, error) {
 	c := s.config.Load()
 	d := statusDocument{
 		Name: s.o.name, PID: os.Getpid(), Version: version(), Uptime: time.Since(s.started).Round(time.Millisecond).Seconds(),
-		Ready: s.ready.Load(), Draining: s.draining.Load(), Goroutines: runtime.NumGoroutine(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
+		Ready: s.ready.Load(), Draining: s.draining.Load(), Leaving: s.leaving.Load(), Goroutines: runtime.NumGoroutine(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
 		Interfaces: []interfaceStatus{}, Pools: summarizePools(c), Engine: s.engine.Status(),
 	}
 	for _, i := range s.instance.Interfaces() {
