@@ -47,7 +47,7 @@ func remaining(permitted capSet) (effective, kept capSet) {
 // DropPrivileges takes from all threads of the process what a daemon does not need after
 // Attach, for good, and forbids to gain any. CAP_PERFMON stays permitted, and is used
 // while a program is loaded for an interface that comes back. What the kernel refuses is
-// returned as warnings.
+// returned as warnings, if it leaves a way to gain something.
 func DropPrivileges() []Problem {
 	loading.Lock()
 	defer loading.Unlock()
@@ -65,19 +65,21 @@ func DropPrivileges() []Problem {
 		})
 	}
 	// First, as it wants CAP_SETPCAP.
-	if left, err := dropBounding(kept); err != nil {
-		problems = append(problems, Problem{
-			What:    fmt.Sprintf("%d capabilities stay in the bounding set: %v", left, err),
-			Remedy:  "start it with CAP_SETPCAP, or with these few in the bounding set (CapabilityBoundingSet= in systemd)",
-			Warning: true,
-		})
-	}
+	left, boundingErr := dropBounding(kept)
 	// What is not inheritable is not ambient either.
 	if err := setAllThreads(capabilities{effective: effective, permitted: kept}); err != nil {
 		problems = append(problems, keptPrivileges("all of its capabilities", err))
 	}
 	if _, _, errno := psx.Syscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0); errno != 0 {
 		problems = append(problems, keptPrivileges("the right to gain privileges", errno))
+		// Without that right the bounding set gives nobody anything, and what stays in it is no news.
+		if boundingErr != nil {
+			problems = append(problems, Problem{
+				What:    fmt.Sprintf("%d capabilities stay in the bounding set: %v", left, boundingErr),
+				Remedy:  "start it with CAP_SETPCAP, or with these few in the bounding set (CapabilityBoundingSet= in systemd)",
+				Warning: true,
+			})
+		}
 	}
 	return problems
 }

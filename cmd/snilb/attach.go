@@ -35,9 +35,9 @@ func attachCommand() *cli.Command {
 		Name:      "attach",
 		Usage:     "Balance what comes in by interfaces, in the foreground",
 		ArgsUsage: "IFACE[=MODE]...",
-		Description: "Prints a line \"ready\" on stderr once it steers. TERM and INT end it, after the connections or\n" +
-			"--drain-timeout; a second one ends it at once. Where an earlier daemon of this name has left its state,\n" +
-			"by a crash or by --on-exit keep, its connections go on under the new one.",
+		Description: "Prints a line \"ready\" on stderr once it steers. TERM and INT end it, by --on-exit; a second one ends it\n" +
+			"at once. HUP has the routes read again, as snilb reload does. Where an earlier daemon of this name has left\n" +
+			"its state, by a crash or by --on-exit keep, its connections go on under the new one.",
 		Flags:        attachFlags(),
 		OnUsageError: usageError,
 		Action: func(c *cli.Context) error {

@@ -40,7 +40,7 @@ func reader(name, usage, format string, print func(*cli.Context, string, *api.Cl
 			if err != nil {
 				return cli.Exit(err.Error(), exitUsage)
 			}
-			return noDaemon(c.String("name"), print(c, format, client))
+			return noAnswer(c, print(c, format, client))
 		},
 	}
 }
@@ -54,6 +54,14 @@ func clientOf(name, socket string) (*api.Client, error) {
 		socket = path
 	}
 	return api.NewClient(name, socket), nil
+}
+
+// noAnswer is noDaemon where it was the instance that was asked, and not whoever listens at --api.
+func noAnswer(c *cli.Context, err error) error {
+	if c.String("api") != "" {
+		return err
+	}
+	return noDaemon(c.String("name"), err)
 }
 
 // noDaemon adds to an error that is api.ErrNoDaemon what a dead daemon has left, or which

@@ -56,9 +56,9 @@ type server struct {
 	leave  bool          // all stays for the next daemon
 
 	// These are read by the socket's handlers.
-	ready, draining atomic.Bool
-	config          atomic.Pointer[config.Config] // in force
-	reloaded        atomic.Pointer[reloadStatus]  // never nil
+	ready, draining, leaving atomic.Bool
+	config                   atomic.Pointer[config.Config] // in force
+	reloaded                 atomic.Pointer[reloadStatus]  // never nil
 
 	hangups   chan struct{}           // holds the wish of SIGHUP
 	reloading sync.Mutex              // held by one reload, which reads and writes the rest
@@ -117,11 +117,7 @@ func (s *server) setupError(err error) error {
 func (s *server) prepare() error {
 	c := s.config.Load()
 	problems := checkSources(c)
-	problems = append(problems, eachBackend(c, func(addr netip.AddrPort, sources []netip.Addr) error {
-		_, err := s.instance.AddBackend(addr, sources...)
-		s.backends[addr] = true
-		return err
-	})...)
+	problems = append(problems, eachBackend(c, s.firstBackend)...)
 	if len(problems) > 0 {
 		return problems
 	}
@@ -146,6 +142,18 @@ func (s *server) prepare() error {
 	return nil
 }
 
+// firstBackend has the loader know a backend at the start. Where an earlier daemon left its state the start bears what a
+// running daemon does: one that is away just now must not keep all others from being served.
+func (s *server) firstBackend(addr netip.AddrPort, sources []netip.Addr) error {
+	_, err := s.instance.AddBackend(addr, sources...)
+	s.backends[addr] = true
+	if errors.Is(err, loader.ErrUnreachable) && s.instance.Adopted() {
+		s.log.Warn("a backend waits for a route to it", "backend", addr, "error", err, "remedy", backendRemedy(err))
+		return nil
+	}
+	return err
+}
+
 func (s *server) engineOptions() engine.Options {
 	o := engine.Options{
 		Tables: s.instance.Tables(),
@@ -160,6 +168,7 @@ func (s *server) engineOptions() engine.Options {
 		MSS:             s.instance.MTU,
 		HasSockets:      s.instance.HasSockets,
 		Secret:          s.instance.Secret(),
+		Adopted:         s.instance.Adopted(),
 		Journal:         s.instance.Journal(),
 		SourcePortFirst: s.ports[0],
 		SourcePortLast:  s.ports[1],
@@ -208,6 +217,9 @@ func (s *server) run(signals <-chan os.Signal) error {
 	start(s.followReloads)
 	start(func(ctx context.Context) error { return api.Serve(ctx, s.socket, s.handlers(), s.log) })
 	if err := s.instance.Attach(); err != nil {
+		return fmt.Errorf("attach: %w", err)
+	}
+	if err := s.engine.Ready(); err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
 	s.dropPrivileges()
@@ -324,6 +336,7 @@ func (s *server) drain(signals <-chan os.Signal) error {
 
 // quiesce takes what is being set up to its end, as far as another daemon could not.
 func (s *server) quiesce(signals <-chan os.Signal) error {
+	s.leaving.Store(true)
 	s.ready.Store(false)
 	s.notify(daemon.SdNotifyStopping)
 	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
@@ -375,7 +388,7 @@ func (s *server) status() (statusDocument, error) {
 	c := s.config.Load()
 	d := statusDocument{
 		Name: s.o.name, PID: os.Getpid(), Version: version(), Uptime: time.Since(s.started).Round(time.Millisecond).Seconds(),
-		Ready: s.ready.Load(), Draining: s.draining.Load(), Goroutines: runtime.NumGoroutine(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
+		Ready: s.ready.Load(), Draining: s.draining.Load(), Leaving: s.leaving.Load(), Goroutines: runtime.NumGoroutine(), Routes: c.File, Reload: s.reloaded.Load(), Listeners: summarizeListeners(c),
 		Interfaces: []interfaceStatus{}, Pools: summarizePools(c), Engine: s.engine.Status(),
 	}
 	for _, i := range s.instance.Interfaces() {

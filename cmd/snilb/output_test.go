@@ -96,6 +96,10 @@ hellos ok  2
 	if err == nil || err.Error() != "daemon edge does not steer: draining" || !strings.Contains(out.String(), "\n  \"ready\": false,\n") {
 		t.Errorf("draining: %q, %v", out.String(), err)
 	}
+	err = printStatus(&out, "json", json.RawMessage(`{"name":"edge","ready":false,"draining":false,"leaving":true}`))
+	if err == nil || err.Error() != "daemon edge does not steer: leaving" {
+		t.Errorf("leaving: %v", err)
+	}
 }
 
 func TestSummarize(t *testing.T) {

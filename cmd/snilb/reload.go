@@ -37,7 +37,7 @@ func reloadCommand() *cli.Command {
 				return cli.Exit(err.Error(), exitUsage)
 			}
 			if err := client.Reload(c.Context); err != nil {
-				return noDaemon(c.String("name"), err)
+				return noAnswer(c, err)
 			}
 			_, err = fmt.Fprintln(c.App.Writer, "reloaded")
 			return err
@@ -103,7 +103,7 @@ func (s *server) reload() error {
 }
 
 func (s *server) readAgain() (*config.Config, error) {
-	if s.over || s.draining.Load() {
+	if s.over || s.draining.Load() || s.leaving.Load() {
 		return nil, errEnding
 	}
 	c, err := config.Load(s.o.routes)

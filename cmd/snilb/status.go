@@ -23,7 +23,7 @@ func statusCommand() *cli.Command {
 	return reader("status", "Say whether the daemon steers, where, and what it has done", formatTable,
 		func(c *cli.Context, format string, client *api.Client) error {
 			raw, err := client.Status(c.Context)
-			if errors.Is(err, api.ErrNoDaemon) {
+			if errors.Is(err, api.ErrNoDaemon) && c.String("api") == "" {
 				return statusOfDead(c.App.Writer, format, c.String("name"), err)
 			}
 			if err != nil {
@@ -41,6 +41,7 @@ type statusDocument struct {
 	Uptime     float64           `json:"uptime_seconds"`
 	Ready      bool              `json:"ready"`
 	Draining   bool              `json:"draining"`
+	Leaving    bool              `json:"leaving"`    // all to the next daemon
 	Goroutines int               `json:"goroutines"` // which stay as many, but for those that serve the socket
 	Routes     string            `json:"routes"`     // the file
 	Reload     *reloadStatus     `json:"reload"`     // when it was read last
@@ -114,6 +115,8 @@ func (s *statusDocument) state() string {
 	switch {
 	case s.Draining:
 		return "draining"
+	case s.Leaving:
+		return "leaving"
 	case s.Ready:
 		return "ready"
 	}

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/link"
+
 	"snilb/scripts/testbed"
 )
 
@@ -343,4 +345,39 @@ func TestDeadCrashLoop(t *testing.T) {
 		wantBody(t, got, err, "b9", "local.example.com")
 		again.stop(syscall.SIGTERM)
 	})
+}
+
+// TestDeadStarts has daemons that cannot attach follow a killed one, again and again, as a service manager would: none of
+// them puts off what new connections meet, and what is bound goes on.
+func TestDeadStarts(t *testing.T) {
+	if *mode != "tc" {
+		t.Skip("the programs of others that fill the hook are tc's")
+	}
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, siteRoutes(bed), "--dead-after", deadAfter)
+	old := openSurvivors(t, bed)
+	addSpare(t, bed)
+	for range 64 { // as many as the kernel takes
+		newNeighbour(t, bed, spare, link.Tail())
+	}
+	d.kill()
+	for round := 1; ; round++ {
+		next := start(t, bed, d.name, []string{spare, bed.Uplinks[0]}, siteRoutes(bed), "--dead-after", deadAfter)
+		<-next.exited
+		gone := connect(t, bed, vip(bed, false))
+		if said := next.stderr.String(); next.cmd.ProcessState.ExitCode() != 1 || strings.Contains(said, "ready\n") {
+			t.Fatalf("it did not fail to attach: %v\n%s", next.err, said)
+		}
+		if errors.Is(gone, syscall.ECONNREFUSED) {
+			break
+		}
+		if round == 10 {
+			t.Fatalf("after %d daemons that did not come to steer a new connection still waits: %v", round, gone)
+		}
+	}
+	old.wantAlive(t)
+	d.again(siteRoutes(bed))
+	got, err := goClient(t, bed, vip(bed, false), "a.example.com")
+	wantBody(t, got, err, "b1", "a.example.com")
 }

@@ -3,12 +3,18 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
+	"net"
+	"net/http"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"snilb/scripts/testbed"
 )
@@ -79,6 +85,13 @@ func TestStatusOfDead(t *testing.T) {
 	if after := leftovers(t, bed, d.name); !slices.Equal(before, after) {
 		t.Errorf("status changed %q into %q", before, after)
 	}
+	for _, command := range []string{"status", "flows", "reload"} {
+		out, err := d.snilb(command, "--name", d.name, "--api", filepath.Join(t.TempDir(), "x.sock"))
+		wantFailure(t, err, "no daemon "+d.name+" here")
+		if out != "" || strings.Contains(err.Error(), pinRoot) {
+			t.Errorf("%s of another socket tells of what the dead daemon left:\n%s\n%v", command, out, err)
+		}
+	}
 	_, err = d.snilb("detach", "--all", "--name", d.name)
 	must(t, err)
 	assertClean(t, bed, d.name)
@@ -93,4 +106,51 @@ func wantFailure(t *testing.T, err error, text string) {
 	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(err.Error(), text) {
 		t.Errorf("got %v, want exit code 1 and %q", err, text)
 	}
+}
+
+// TestStatusLeaving asks a daemon that leaves to the next one, and waits for the end of a hello that it has acknowledged.
+func TestStatusLeaving(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	d := attach(t, bed, siteRoutes(bed), "--on-exit", "keep")
+	owned, err := bed.Raw(vip(bed, false))
+	must(t, err)
+	defer func() { _ = owned.Close() }()
+	_, err = owned.Open(testbed.LinuxSYN(owned.TSVal), 3*time.Second)
+	must(t, err)
+	must(t, owned.Send(owned.At(0, hello(t, classic("a.example.com"))[:100])))
+	_, err = owned.Recv(3 * time.Second)
+	must(t, err)
+	must(t, d.cmd.Process.Signal(syscall.SIGTERM))
+	seen, client := false, statusClient(d)
+	for !seen && !d.hasExited() {
+		response, err := client.Get("http://snilb/v1/status")
+		if err != nil {
+			continue // it has ended
+		}
+		var s struct{ Ready, Draining, Leaving bool }
+		must(t, errors.Join(json.NewDecoder(response.Body).Decode(&s), response.Body.Close()))
+		seen = s.Leaving && !s.Ready && !s.Draining
+	}
+	if !seen {
+		t.Error("it did not say that it leaves")
+	}
+	<-d.exited
+	_, err = d.snilb("detach", "--all", "--name", d.name)
+	must(t, err)
+}
+
+// statusClient asks a daemon at its socket, which is quicker than a command.
+func statusClient(d *daemon) *http.Client {
+	d.t.Helper()
+	sockets := socketsOf(d.name)
+	if len(sockets) != 1 {
+		d.t.Fatalf("sockets %q", sockets)
+	}
+	return &http.Client{Timeout: clientTimeout, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", sockets[0])
+		},
+		DisableKeepAlives: true,
+	}}
 }

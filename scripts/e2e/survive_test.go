@@ -5,6 +5,7 @@ package e2e
 import (
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -251,6 +252,47 @@ func TestSurviveChange(t *testing.T) {
 	old.wantListed(t, d)
 	got, err := goClient(t, bed, vip(bed, true), "b.example.com")
 	wantBody(t, got, err, "b2", "b.example.com")
+}
+
+// TestSurviveAway starts the next daemon while there is no route to one of the backends: it serves the others, and that one too
+// when the route is back. A daemon that has nothing to go on with is refused.
+func TestSurviveAway(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	setAway(t, bed, "add")
+	refused(t, bed, bed.Uplinks[0], "no route")
+	setAway(t, bed, "del")
+	d := attach(t, bed, siteRoutes(bed))
+	old := openSurvivors(t, bed)
+	d.kill()
+	setAway(t, bed, "add")
+	d = d.again(siteRoutes(bed))
+	old.wantAlive(t)
+	families(t, func(t *testing.T, v6 bool) {
+		got, err := goClient(t, bed, vip(bed, v6), "a.example.com")
+		wantBody(t, got, err, "b1", "a.example.com")
+	})
+	if said := d.stderr.String(); !strings.Contains(said, "a backend waits for a route to it") {
+		t.Errorf("it says nothing of the backend:\n%s", said)
+	}
+	setAway(t, bed, "del")
+	families(t, func(t *testing.T, v6 bool) {
+		waitFor(t, "answer of the backend that was away", func() bool {
+			got, err := goClient(t, bed, vip(bed, v6), "b.example.com")
+			return err == nil && isBody(got)
+		})
+	})
+	old.wantAlive(t)
+}
+
+// setAway puts an unreachable route before the way to b2, or takes it away again.
+func setAway(t *testing.T, bed *testbed.Bed, do string) {
+	t.Helper()
+	for _, v6 := range []bool{false, true} {
+		to := at(bed, 2, v6, 443).Addr()
+		_, err := bed.LB.Command(t.Context(), "ip", "route", do, "unreachable", netip.PrefixFrom(to, to.BitLen()).String()).Output()
+		must(t, err)
+	}
 }
 
 // TestSurviveLayout refuses state of another version, and says how to go on; its connections do not notice.

@@ -51,11 +51,11 @@ func startService(t *testing.T, bed *testbed.Bed, routes string) *service {
 	must(t, os.Mkdir(filepath.Join(s.work, "layers"), 0o755))
 	mustRun(t, "cp", "-a", d.root, filepath.Join(s.work, "root"))
 	s.keeps = canKeep(t, bed, d)
-	options := ""
+	options := "--api-owner 12345:54321"
 	if !s.keeps {
-		options = "--on-exit detach"
+		options += " --on-exit detach"
 	}
-	write("root/etc/snilb/"+s.name+".env", "SNILB_INTERFACES=\""+strings.Join(bed.Uplinks, " ")+"\"\nSNILB_OPTIONS="+options+"\n")
+	write("root/etc/snilb/"+s.name+".env", "SNILB_INTERFACES=\""+strings.Join(bed.Uplinks, " ")+"\"\nSNILB_OPTIONS=\""+options+"\"\n")
 	write("root/etc/snilb/"+s.name+".yaml", routes)
 	for _, target := range bare {
 		write("units/"+target+".target", "[Unit]\nDefaultDependencies=no\n")
@@ -192,6 +192,8 @@ func TestService(t *testing.T) {
 	s.waitRestarts(0)
 	s.assertServes(site)
 	s.assertConfined()
+	s.assertQuiet()
+	s.assertOwner()
 
 	s.mustInside("systemctl", "reload", s.unit())
 	routes := "/etc/snilb/" + s.name + ".yaml"
@@ -207,6 +209,23 @@ func TestService(t *testing.T) {
 
 	s.kill("STOP") // the watchdog ends it
 	s.waitRestarts(2)
+	s.assertServes(site)
+
+	// Detach ends the service as well: where it came back that would be within RestartSec=, 500 ms.
+	s.mustInside("snilb", "detach", "--all", "--name", s.name)
+	s.wait("end of the service", func() error {
+		if state := s.show("ActiveState") + " " + s.show("SubState"); state != "inactive dead" {
+			return errors.New("state: " + state)
+		}
+		return nil
+	})
+	if got := s.show("Result"); got != "success" {
+		t.Errorf("after a detach the service's result is %s", got)
+	}
+	if left := pins(s.name); len(left) > 0 {
+		t.Errorf("left behind by a detach: %q", left)
+	}
+	s.mustInside("systemctl", "start", s.unit())
 	s.assertServes(site)
 
 	s.mustInside("systemctl", "stop", s.unit())
@@ -229,6 +248,23 @@ func (s *service) assertServes(at *site) {
 		s.t.Errorf("%v\n%s", err, out)
 	}
 	at.assertServed(s.t)
+}
+
+// assertQuiet: where all is well the daemon complains of nothing, least of all of its own unit.
+func (s *service) assertQuiet() {
+	s.t.Helper()
+	if said := s.mustInside("cat", "/tmp/log"); strings.Contains(said, "WARN") || strings.Contains(said, "ERROR") {
+		s.t.Errorf("the daemon complains:\n%s", said)
+	}
+}
+
+// assertOwner: commands are the user's and the group's that the options name.
+func (s *service) assertOwner() {
+	s.t.Helper()
+	socket := s.mustInside("sh", "-c", "stat -c '%u %g %a' /run/snilb/"+s.name+"@*.sock")
+	if socket != "12345 54321 660" {
+		s.t.Errorf("owner and mode of the socket: %s", socket)
+	}
 }
 
 // assertConfined: the daemon has the rights that the unit gives it at most, and sees of the machine what it needs.

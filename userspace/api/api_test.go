@@ -190,13 +190,18 @@ func TestSocket(t *testing.T) {
 	}
 }
 
-func TestOwner(t *testing.T) {
+func needRoot(t *testing.T) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		if os.Getenv("CI") == "true" {
 			t.Fatal("this test must run here, and needs root")
 		}
 		t.Skip("only root gives files away")
 	}
+}
+
+func TestOwner(t *testing.T) {
+	needRoot(t)
 	for _, c := range []struct {
 		owner Owner
 		gid   int
@@ -221,5 +226,59 @@ func TestOwner(t *testing.T) {
 		if err := l.Close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// A socket is closed to others before anything is done to it, whatever the umask is.
+func TestBind(t *testing.T) {
+	before := syscall.Umask(0)
+	defer syscall.Umask(before)
+	path := filepath.Join(t.TempDir(), "x.sock")
+	l, err := bind(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // the test is over
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+}
+
+// Who owns the directory puts something else in the place of the socket, to be given what it names.
+func TestOwnerSwapped(t *testing.T) {
+	needRoot(t)
+	for name, put := range map[string]func(path, victim string) error{
+		"symbolic link": func(path, victim string) error { return os.Symlink(victim, path) },
+		"hard link":     func(path, victim string) error { return os.Link(victim, path) },
+		"socket": func(path, victim string) error {
+			l, err := bind(victim + ".sock")
+			if err != nil {
+				return err
+			}
+			return errors.Join(os.Remove(victim), os.Rename(victim+".sock", victim), os.Link(victim, path), l.Close())
+		},
+		"nothing": func(string, string) error { return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path, victim := filepath.Join(dir, "x.sock"), filepath.Join(dir, "victim")
+			if err := errors.Join(os.WriteFile(victim, nil, 0o640), put(path, victim)); err != nil {
+				t.Fatal(err)
+			}
+			was, err := os.Stat(victim)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := give(path, &Owner{UID: 12345, GID: 54321}); err == nil {
+				t.Error("it was given away")
+			}
+			is, err := os.Stat(victim)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if has := is.Sys().(*syscall.Stat_t); has.Uid != uint32(os.Geteuid()) || is.Mode() != was.Mode() {
+				t.Errorf("the victim is user %d's, and has mode %v, before %v", has.Uid, is.Mode(), was.Mode())
+			}
+		})
 	}
 }

@@ -13,8 +13,12 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -56,16 +60,15 @@ func Listen(path string, owner *Owner) (net.Listener, error) {
 	if err := refuseUsed(path); err != nil {
 		return nil, err
 	}
-	// Nobody must find the socket before its mode is set.
+	// Nobody must find the socket before it has its owner.
 	building := path + "~new"
 	if err := os.Remove(building); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove a left socket: %w", err)
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: building, Net: "unix"})
+	l, err := bind(building)
 	if err != nil {
 		return nil, fmt.Errorf("listen for commands: %w", err)
 	}
-	l.SetUnlinkOnClose(false) // it knows the first name only
 	err = give(building, owner)
 	if err == nil {
 		err = os.Rename(building, path)
@@ -76,15 +79,56 @@ func Listen(path string, owner *Owner) (net.Listener, error) {
 	return &socket{Listener: l, path: path}, nil
 }
 
-// give sets a socket's owner and mode, closed to all others at every moment.
+// bind opens a socket that nobody but this process' user can use, from its first moment on: the kernel gives the path the
+// mode that the socket has before.
+func bind(path string) (net.Listener, error) {
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if controlErr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); controlErr != nil {
+			return controlErr
+		}
+		return err
+	}}
+	l, err := config.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false) // it knows the first name only
+	return l, nil
+}
+
+// give sets a socket's owner and mode, closed to all others at every moment. Who may write to the directory can put something
+// else in the socket's place meanwhile: it must not be given away, nor what a link names.
 func give(path string, owner *Owner) error {
-	if err := os.Chmod(path, 0o600); err != nil || owner == nil {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	var is unix.Stat_t
+	if err := unix.Fstat(fd, &is); err != nil {
+		return fmt.Errorf("look at %s: %w", path, err)
+	}
+	if is.Mode&unix.S_IFMT != unix.S_IFSOCK || is.Uid != uint32(os.Geteuid()) || is.Nlink != 1 {
+		return fmt.Errorf("%s is not the socket that was made there: choose a directory by --api that only root may write to", path)
+	}
+	// The user last: who does not own a file may change its mode only with a capability more.
+	mode := os.FileMode(0o600)
+	if owner != nil && owner.GID >= 0 {
+		mode = 0o660
+		if err := unix.Fchownat(fd, "", -1, owner.GID, unix.AT_EMPTY_PATH); err != nil {
+			return fmt.Errorf("give %s to group %d: %w", path, owner.GID, err)
+		}
+	}
+	if err := os.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode); err != nil {
 		return err
 	}
-	if err := os.Chown(path, owner.UID, owner.GID); err != nil || owner.GID < 0 {
-		return err
+	if owner != nil {
+		if err := unix.Fchownat(fd, "", owner.UID, -1, unix.AT_EMPTY_PATH); err != nil {
+			return fmt.Errorf("give %s to user %d: %w", path, owner.UID, err)
+		}
 	}
-	return os.Chmod(path, 0o660)
+	return nil
 }
 
 // refuseUsed returns an error if what is at path is not ours to replace.

@@ -280,7 +280,7 @@ func TestAdoptManyEnds(t *testing.T) {
 		p.Up.Flow.Control |= maps.FlowRST
 		k.bind(p)
 	}
-	d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 	w := d.workers[0]
 	ticks := make(map[int64]int)
 	for _, n := range w.flows.order {
@@ -539,7 +539,7 @@ func TestAdoptUnknownBackendSide(t *testing.T) {
 func TestLongAdoption(t *testing.T) {
 	k := newKernel(t, 1, 10)
 	main, quiet := ringbuftest.New(t, 0), ringbuftest.New(t, 0)
-	d, err := k.try(firstPlan(t, kernelRoutes, nil), func(o *Options) {
+	d, err := k.try(firstPlan(t, kernelRoutes, Known{}), func(o *Options) {
 		o.Rings, o.QuietRings = []*ebpf.Map{main.Ring}, []*ebpf.Map{quiet.Ring}
 	})
 	must(t, err)

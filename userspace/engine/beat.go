@@ -56,6 +56,9 @@ func (e *Engine) beat() error {
 	defer e.beating.Unlock()
 	now, wall := e.clock.now(), time.Now().UnixNano()
 	live := maps.Live{Beat: uint64(now), WallOffset: uint64(wall - now)}
+	if e.waiting {
+		live.Beat = e.inherited
+	}
 	if e.silent.Load() {
 		live.Beat = 0
 	}
@@ -83,6 +86,15 @@ func (e *Engine) announce() error {
 	if !e.peers.changes(e.plan.Load().pools, mss4, mss6) {
 		return nil
 	}
+	return e.beat()
+}
+
+// Ready says that the programs are attached. Where an earlier daemon's were at work the kernel has no sign of life before:
+// a daemon that fails at its start, again and again, would seem to be alive for ever, and new connections would wait for it.
+func (e *Engine) Ready() error {
+	e.beating.Lock()
+	e.waiting = false
+	e.beating.Unlock()
 	return e.beat()
 }
 

@@ -122,3 +122,39 @@ func TestHeartbeatStopsWithAWorker(t *testing.T) {
 		}
 	}
 }
+
+// A daemon that goes on with the state of an earlier one is not taken for alive before it says that it steers: the kernel has
+// its keys, and the earlier one's last sign of life. Without an earlier one it is alive from the first packet on.
+func TestHeartbeatBeginsWhenReady(t *testing.T) {
+	for name, c := range map[string]struct{ found, want uint64 }{
+		"alive": {12345, 12345}, "drained": {0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newKernel(t, 1, 10)
+			must(t, k.tables.SetLive(&maps.Live{Beat: c.found}))
+			d := k.start(firstPlan(t, kernelRoutes, Known{}), func(o *Options) { o.Adopted = true })
+			must(t, d.beat())
+			live, err := k.tables.Live()
+			must(t, err)
+			if live.Beat != c.want || live.Keys[0] == (maps.CookieKey{}) {
+				t.Errorf("the kernel has beat %d and keys %v, want %d and keys", live.Beat, live.Keys, c.want)
+			}
+			if !d.Alive() {
+				t.Error("the service manager is told that it hangs")
+			}
+			must(t, d.Ready())
+			if live, err = k.tables.Live(); err != nil || live.Beat < uint64(d.started) {
+				t.Errorf("ready, and the kernel has beat %d, %v", live.Beat, err)
+			}
+			must(t, d.StopListening())
+			if live, err = k.tables.Live(); err != nil || live.Beat != 0 {
+				t.Errorf("draining, and the kernel has beat %d, %v", live.Beat, err)
+			}
+		})
+	}
+	k := newKernel(t, 1, 10)
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
+	if live, err := k.tables.Live(); err != nil || live.Beat < uint64(d.started) {
+		t.Errorf("at the first start the kernel has beat %d, %v", live.Beat, err)
+	}
+}

@@ -34,7 +34,7 @@ type Hop struct {
 	Source netip.Addr // the address to speak from
 }
 
-// Options are what the engine works with. All but Journal are required.
+// Options are what the engine works with. All but Adopted and Journal are required.
 type Options struct {
 	Tables *maps.Tables
 	Rings  []*ebpf.Map // one a worker
@@ -57,6 +57,8 @@ type Options struct {
 	// Secret is what the cookie keys are made of, nobody else's to know. The next daemon must have the same, to accept the
 	// cookies of SYNs that this one's programs answered.
 	Secret [32]byte
+	// Adopted says that an earlier daemon's programs are at work on the tables: until Ready they go by its last sign of life.
+	Adopted bool
 	// Journal is the path of a file that tells the next daemon what flows' entries do not hold; empty is none.
 	Journal string
 	Log     *slog.Logger
@@ -78,6 +80,8 @@ type Engine struct {
 	flows        atomic.Int64 // bound now
 	held         atomic.Int64 // bytes that handshakes hold, themselves included
 	silent       atomic.Bool  // no heartbeat: SYNs go to the stack
+	waiting      bool         // by beating: for Ready, and the kernel has
+	inherited    uint64       // the beat of an earlier daemon
 	beaten       atomic.Int64 // when: CLOCK_MONOTONIC ns
 	owned        ownedHellos
 	journal      *journal // nil: none
@@ -124,6 +128,13 @@ func New(o Options, p *Plan) (*Engine, error) {
 	}
 	if e.journal != nil {
 		e.journal.step() // what ids mean, before anything new is bound
+	}
+	if e.waiting = o.Adopted; e.waiting {
+		live, err := o.Tables.Live()
+		if err != nil {
+			return nil, errors.Join(err, e.free())
+		}
+		e.inherited = live.Beat
 	}
 	// Before any program is attached: none must find the daemon dead.
 	if err := e.beat(); err != nil {

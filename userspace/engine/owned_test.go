@@ -115,7 +115,7 @@ func TestOrphansStay(t *testing.T) {
 	for n := range lost {
 		must(t, k.tables.OwnHello(pairOf(n, 0, false, true).Client, 1))
 	}
-	d, err := k.try(firstPlan(t, kernelRoutes, nil), nil)
+	d, err := k.try(firstPlan(t, kernelRoutes, Known{}), nil)
 	must(t, err)
 	d.owned = stubborn{}
 	ctx, cancel := context.WithCancel(context.Background())
