@@ -47,7 +47,7 @@ type soak struct {
 	peak            int
 	lastOrphaned    int // of the daemon that runs
 	lastUnreachable int
-	replugged       int // interfaces made anew under the daemon that runs
+	replugged       int // interfaces made anew
 	unreachable     int
 	warm, under     resources
 }
@@ -127,7 +127,7 @@ func (s *soak) start() {
 	s.d = d
 	s.daemons++
 	s.waitReady()
-	s.lastOrphaned, s.lastUnreachable, s.replugged = 0, 0, 0
+	s.lastOrphaned, s.lastUnreachable = 0, 0
 	s.look()
 }
 
