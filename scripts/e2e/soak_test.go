@@ -47,6 +47,7 @@ type soak struct {
 	peak            int
 	lastOrphaned    int // of the daemon that runs
 	lastUnreachable int
+	replugged       int // interfaces made anew
 	unreachable     int
 	warm, under     resources
 }
@@ -182,7 +183,9 @@ func (s *soak) warmUp() resources {
 // oneDaemon has one daemon live through everything that does not replace it, and looks what it holds after its warm-up, and in
 // the end, under the same load.
 func (s *soak) oneDaemon(began time.Time, duration time.Duration) {
-	s.happen(&soakEvents[slices.IndexFunc(soakEvents, func(e soakEvent) bool { return e.name == "upgrade" })])
+	for _, name := range []string{"upgrade", "route moved"} { // the latter has programs attached to the second path
+		s.happen(&soakEvents[slices.IndexFunc(soakEvents, func(e soakEvent) bool { return e.name == name })])
+	}
 	pid := s.d.cmd.Process.Pid
 	others := slices.DeleteFunc(slices.Clone(soakEvents), func(e soakEvent) bool { return e.replaces })
 	for time.Since(began) < duration/4 {

@@ -178,6 +178,7 @@ func (s *soak) unplug() {
 	must(s.t, s.bed.Unplug("eth2"))
 	time.Sleep(s.rand(50*time.Millisecond, 300*time.Millisecond))
 	must(s.t, s.bed.Plug("eth2"))
+	s.replugged++
 	s.keepAddresses("eth2")
 	for deadline := time.Now().Add(readyTimeout); s.programsOn("eth2") < programs; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {

@@ -159,15 +159,22 @@ func isReset(err error) bool {
 var awayEvents = []string{"backend link", "route flushed", "client link", "second uplink", "uplink unplugged"}
 
 // judge fails for what nothing explains. Who is reset in its handshake may be one of those whose hello a dead daemon had
-// acknowledged, or who came when no route led to any backend or back to the client: as many as the daemons have counted.
+// acknowledged, or who came when no route led to any backend or back to the client: as many as the daemons have counted. Who may
+// be either comes last.
 func (s *soak) judge() {
 	orphaned, unreachable := s.orphaned, s.unreachable
 	for _, f := range s.load.failures {
-		switch {
-		case f.reset && f.killed && orphaned > 0:
+		if f.reset && f.killed && !f.noWay {
 			orphaned--
+		}
+	}
+	for _, f := range s.load.failures {
+		switch {
 		case f.reset && f.noWay && unreachable > 0:
 			unreachable--
+		case f.reset && f.noWay && f.killed && orphaned > 0:
+			orphaned--
+		case f.reset && f.killed && !f.noWay && orphaned >= 0:
 		default:
 			s.t.Errorf("%s %s: %v\n\tbefore: %s", f.at.Format("15:04:05.000"), f.kind, f.err, f.before)
 		}

@@ -387,3 +387,33 @@ func TestSurviveSourceClient(t *testing.T) {
 	}
 	d.noFlows(20 * time.Second)
 }
+
+// TestSurviveListeners has hellos wait for a daemon that numbers its listeners otherwise than the dead one, which had been
+// reloaded: they are decided by the listener that they came to.
+func TestSurviveListeners(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	routes := func(listen string) string {
+		return "version: 1\nlisten: [" + listen + "]\npools:\n" + pool(bed, "one", "", 1) + "routes:\n  - {sni: a.example.com, listen: main, pool: one}\n"
+	}
+	const main = `{name: main, address: ":443"}`
+	last := routes(main + `, ":9443"`)
+	d := attach(t, bed, routes(`":8443", `+main))
+	must(t, d.reload(last))
+	d.kill()
+	var conns []net.Conn
+	for i := range 4 {
+		raw, err := dialTCP(t, bed, vip(bed, i%2 == 1))
+		must(t, err)
+		_, err = raw.Write(hello(t, classic("a.example.com")))
+		must(t, err)
+		conns = append(conns, raw)
+	}
+	d.again(last)
+	for _, c := range conns {
+		must(t, c.SetReadDeadline(time.Now().Add(clientTimeout)))
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			t.Errorf("no answer to a hello that waited: %v", err)
+		}
+	}
+}

@@ -89,6 +89,16 @@ func (p *Plan) numberListeners(known Known) error {
 // ListenerID is what the kernel is to know a listener of the configuration by.
 func (p *Plan) ListenerID(l *config.Listener) uint16 { return p.ids[l.Addr] }
 
+// listenerAt is the id of the listener that an address belongs to, as the kernel would have it; 0 if there is none.
+func (p *Plan) listenerAt(at netip.AddrPort) uint16 {
+	for _, addr := range []netip.Addr{at.Addr(), {}, netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
+		if id := p.ids[netip.AddrPortFrom(addr, at.Port())]; id != 0 {
+			return id
+		}
+	}
+	return 0
+}
+
 // Backends lists the addresses of all backends, each once.
 func (p *Plan) Backends() []netip.AddrPort {
 	seen := make(map[netip.AddrPort]bool)

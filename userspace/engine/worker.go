@@ -224,6 +224,9 @@ func (w *worker) event(raw []byte) {
 	}
 	switch maps.EventKind(h.Kind) {
 	case maps.EventHello:
+		if int64(h.Time) < w.e.started { // an earlier daemon had other numbers
+			h.Listener = w.e.plan.Load().listenerAt(s.Dst)
+		}
 		w.clientSegment(h.Listener, &s)
 	case maps.EventBackend:
 		w.backendSegment(&s)
