@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"syscall"
 	"time"
 
 	"snilb/maps"
@@ -20,7 +21,7 @@ const (
 	// journalHurry notes of a worker are written at once, and journalMost are the most that wait.
 	journalHurry = 32 << 10
 	journalMost  = 4 << 20
-	// journalSmall is a journal that is not worth being made smaller.
+	// journalSmall is what a journal may grow by, however little it began with: making it smaller is work.
 	journalSmall = 1 << 20
 	// journalRetry is how long after a failure another is begun.
 	journalRetry = 10 * time.Second
@@ -29,12 +30,16 @@ const (
 // journal is the file that tells the next daemon what the kernel's entries do not hold of a flow: its name, cookie, origin and age,
 // what its ids mean, and what backends lack. What it lacks costs no flow, so no worker ever waits for it: they note what they bind in memory, under
 // locks that they hold anyway, and one goroutine writes. Ends are not noted: the entry is gone then.
+//
+// The file is begun anew when it has grown by half of what it began with, or by journalSmall if that is more. So it holds at most one and
+// a half times what is known, or journalSmall more, and what had waited when it was written last; twice that while there are two.
 type journal struct {
 	e       *Engine
 	path    string
 	boot    string
 	file    *os.File // nil: to be begun anew
 	size    int64
+	begun   int64 // its size when all was in it that was known
 	plan    *Plan // whose ids it tells
 	retryAt int64
 	failed  bool // and it was logged
@@ -46,7 +51,6 @@ type journal struct {
 type diary struct {
 	records []byte
 	said    map[told]uint32 // numbers of ways in the journal
-	flows   int             // records of them since the journal was begun
 	lost    bool            // the journal must be begun anew
 }
 
@@ -79,7 +83,6 @@ func (w *worker) note(f *flow) {
 		generation: f.generation, mss: f.mss, cookie: f.cookie, bound: f.bound, outlived: f.outlived, sni: w.flows.nameOf(f),
 	}
 	d.records = r.append(d.records)
-	d.flows++
 	if len(d.records) > journalHurry {
 		select {
 		case j.kick <- struct{}{}:
@@ -112,11 +115,11 @@ func (w *worker) beginDiary() {
 }
 
 // takeNotes takes what the worker noted, and leaves it an empty buffer.
-func (w *worker) takeNotes(empty []byte) (notes []byte, flows int, lost bool) {
+func (w *worker) takeNotes(empty []byte) (notes []byte, lost bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	notes, w.diary.records = w.diary.records, empty[:0]
-	return notes, w.diary.flows, w.diary.lost
+	return notes, w.diary.lost
 }
 
 // noteChunk notes the flows with numbers from that one on, some at a time. Flows keep their numbers, and one that is bound
@@ -175,16 +178,18 @@ func (j *journal) write() error {
 			return err
 		}
 	}
-	return j.rewrite()
+	err := j.rewrite()
+	if errors.Is(err, syscall.ENOSPC) && os.Remove(j.path) == nil {
+		return j.rewrite() // there may be room for one, and the old one would never be true again
+	}
+	return err
 }
 
 // flush adds what was noted. Returns true if the file has become too large, or has gaps.
 func (j *journal) flush() (again bool, err error) {
-	noted := 0
 	for _, w := range j.e.workers {
-		notes, flows, lost := w.takeNotes(j.spare)
+		notes, lost := w.takeNotes(j.spare)
 		j.spare = notes
-		noted += flows
 		again = again || lost
 		if err := j.put(notes); err != nil {
 			return false, err
@@ -194,7 +199,7 @@ func (j *journal) flush() (again bool, err error) {
 	if err := j.put(j.spare); err != nil {
 		return false, err
 	}
-	return again || j.size > journalSmall && noted > 2*j.e.Bound(), nil
+	return again || j.size > j.begun+max(j.begun/2, journalSmall), nil
 }
 
 func (j *journal) put(b []byte) error {
@@ -224,8 +229,9 @@ func (j *journal) rewrite() error {
 		err = os.Rename(next, j.path)
 	}
 	if err != nil {
-		return errors.Join(err, os.Remove(next))
+		return errors.Join(err, os.Remove(next), j.Close()) // it takes room as long as it is open
 	}
+	j.begun = j.size
 	return nil
 }
 
@@ -239,7 +245,7 @@ func (j *journal) writeAll() error {
 	for _, w := range j.e.workers {
 		for from := uint32(1); from != 0; {
 			from = w.noteChunk(from)
-			notes, _, lost := w.takeNotes(j.spare)
+			notes, lost := w.takeNotes(j.spare)
 			j.spare = notes
 			if err := j.put(notes); err != nil {
 				return err

@@ -60,7 +60,7 @@ func TestPeersOutliveDaemon(t *testing.T) {
 	}
 	d.learns("192.0.2.12:443", packet.Options{MSS: 1460, SACKPermitted: true, HasTimestamps: true})
 	d.journal.step()
-	d = k.journaled(path, twoPools)
+	k.journaled(path, twoPools)
 	if got, want := k.announces(), (announcement{1460, 1440, 0}); got != want {
 		t.Errorf("announced: %v, want %v: the last that was learned", got, want)
 	}

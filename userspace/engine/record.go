@@ -22,7 +22,7 @@ import (
 //	...    the fields of the kind
 //
 // Numbers are little-endian. An address is its length (0: none, 4 or 16), itself and the port; a text is its length in two bytes and itself.
-// A flow's takes some 70 bytes with IPv4 and 90 with IPv6, by its name.
+// A flow's takes some 70 bytes with IPv4 and 90 with IPv6, by its name: 380 at most.
 const journalVersion = "snilb journal 1\n"
 
 // Kinds of records.
@@ -58,7 +58,7 @@ type record struct {
 
 const (
 	recordHeader = 6
-	maxText      = 1000 // of bytes; what is longer is cut
+	maxText      = 255 // of bytes; what is longer is cut: no server name is, and no name of a pool, backend or route should be
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
