@@ -102,9 +102,22 @@ func TestHeartbeatStopsWithAWorker(t *testing.T) {
 		t.Errorf("the heart beats with a worker that has made no turn in %d beats", stuckAfter)
 	}
 	d.beats(3)
+	d.e.sourceClient.Store(true)
+	d.e.dropSourceClient() // must not wait for it
+	if !d.e.sourceClient.Load() {
+		t.Error("nobody is known to go by source: client, and it was dropped")
+	}
 	d.e.beaten.Add(-int64(aliveFor)) // the time that passes meanwhile
-	if d.e.Alive() {
-		t.Error("alive without a heartbeat")
+	for _, who := range []string{"the heart", "a reload"} {
+		if d.e.Alive() {
+			t.Error("alive without a heartbeat: told by", who)
+		}
+		last := uint64(d.e.beaten.Load())
+		must(t, d.e.beat()) // as a reload does
+		var live maps.Live
+		if must(t, d.e.o.Tables.Control.Lookup(uint32(0), &live)); live.Beat != last || live.WallOffset == 0 {
+			t.Errorf("a reload while a worker is stuck: %+v, want the last beat, %d", live, last)
+		}
 	}
 	d.mu.Unlock()
 	d.turn()

@@ -79,6 +79,7 @@ type Engine struct {
 	held         atomic.Int64 // bytes that handshakes hold, themselves included
 	silent       atomic.Bool  // no heartbeat: SYNs go to the stack
 	beaten       atomic.Int64 // when: CLOCK_MONOTONIC ns
+	faint        atomic.Bool  // a worker is stuck: no beat is a sign of life
 	owned        ownedHellos
 	journal      *journal // nil: none
 
