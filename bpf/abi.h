@@ -281,12 +281,18 @@ struct instance_record {
 
 _Static_assert(sizeof(struct instance_record) == 56 + 32 * MAX_COUNTER_SLOTS, "instance");
 
-/* A connection without a flow of whose hello the engine has acknowledged some bytes: its
- * client will not send them again, so without the engine it is lost.
+/* A connection without a flow of which somebody must be told should the engine die: the
+ * client, once bytes of its hello are acknowledged, since it will not send them again; the
+ * backend, once bytes are pushed to it, since it has all it waits for.
  */
 struct owned_hello {
-	__u32 cookie; /* our initial sequence number */
+	__u32 cookie;		  /* our initial sequence number */
+	__u32 acknowledged;	  /* 0: the client sends all of it again */
+	__u32 pushed_to;	  /* our number on the backend leg behind what was pushed */
+	struct flow6_key backend; /* what its packets show; all 0: nothing was pushed */
 };
+
+_Static_assert(sizeof(struct owned_hello) == 52, "owned_hello");
 
 /* What stands before the packet (from its IP header on) in a ring record. */
 struct event_header {

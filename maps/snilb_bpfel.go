@@ -234,8 +234,11 @@ const (
 )
 
 type bpfOwnedHello struct {
-	_      structs.HostLayout
-	Cookie uint32
+	_            structs.HostLayout
+	Cookie       uint32
+	Acknowledged uint32
+	PushedTo     uint32
+	Backend      bpfFlow6Key
 }
 
 type bpfPath struct {

@@ -35,8 +35,6 @@ type (
 	InstanceRecord = bpfInstanceRecord
 	// CounterUser is one of the slots in InstanceRecord.
 	CounterUser = bpfCounterUser
-	// OwnedHello is the value of owned.
-	OwnedHello = bpfOwnedHello
 	// CookieKey is one of the four keys in Live.
 	CookieKey = bpfCookieKey
 	// EventHeader stands before the packet in a ring record.

@@ -51,11 +51,16 @@ func (e *Engine) stuck(pulses []pulse) (found *worker) {
 
 // beat writes what the kernel reads while running: the sign of life, the wall
 // clock's distance, the cookie keys around the current slot, the MSS to announce.
+// Not only the heart calls it: what has changed is told at once, also while a worker is stuck.
 func (e *Engine) beat() error {
 	e.beating.Lock() // or an older state could be written over a newer one
 	defer e.beating.Unlock()
 	now, wall := e.clock.now(), time.Now().UnixNano()
-	live := maps.Live{Beat: uint64(now), WallOffset: uint64(wall - now)}
+	beat := now
+	if e.faint.Load() {
+		beat = e.beaten.Load()
+	}
+	live := maps.Live{Beat: uint64(beat), WallOffset: uint64(wall - now)}
 	if e.waiting {
 		live.Beat = e.inherited
 	}
@@ -76,7 +81,7 @@ func (e *Engine) beat() error {
 	if err := e.o.Tables.SetLive(&live); err != nil {
 		return err
 	}
-	e.beaten.Store(now)
+	e.beaten.Store(beat)
 	return nil
 }
 
@@ -132,6 +137,7 @@ func newHeart(e *Engine) *heart {
 func (h *heart) beat() error {
 	was := h.stuck
 	h.stuck = h.e.stuck(h.pulses)
+	h.e.faint.Store(h.stuck != nil)
 	switch {
 	case h.stuck != nil && was == nil:
 		h.e.o.Log.Error("a worker is stuck: the heartbeat stops, and new connections will go to the stack; where no service manager "+
@@ -154,11 +160,11 @@ func (e *Engine) runBeat(ctx context.Context, fail context.CancelCauseFunc) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			e.dropSourceClient()
 			if err := h.beat(); err != nil {
 				fail(err)
 				return
 			}
+			e.dropSourceClient() // which the next beat tells
 		}
 	}
 }

@@ -102,9 +102,22 @@ func TestHeartbeatStopsWithAWorker(t *testing.T) {
 		t.Errorf("the heart beats with a worker that has made no turn in %d beats", stuckAfter)
 	}
 	d.beats(3)
+	d.e.sourceClient.Store(true)
+	d.e.dropSourceClient() // must not wait for it
+	if !d.e.sourceClient.Load() {
+		t.Error("nobody is known to go by source: client, and it was dropped")
+	}
 	d.e.beaten.Add(-int64(aliveFor)) // the time that passes meanwhile
-	if d.e.Alive() {
-		t.Error("alive without a heartbeat")
+	for _, who := range []string{"the heart", "a reload"} {
+		if d.e.Alive() {
+			t.Error("alive without a heartbeat: told by", who)
+		}
+		last := uint64(d.e.beaten.Load())
+		must(t, d.e.beat()) // as a reload does
+		var live maps.Live
+		if must(t, d.e.o.Tables.Control.Lookup(uint32(0), &live)); live.Beat != last || live.WallOffset == 0 {
+			t.Errorf("a reload while a worker is stuck: %+v, want the last beat, %d", live, last)
+		}
 	}
 	d.mu.Unlock()
 	d.turn()
@@ -142,9 +155,9 @@ func TestHeartbeatBeginsWhenReady(t *testing.T) {
 			if !d.Alive() {
 				t.Error("the service manager is told that it hangs")
 			}
-			before := newClock()
+			before := d.clock.now()
 			must(t, d.Ready())
-			if live, err = k.tables.Live(); err != nil || live.Beat < uint64(before.base) {
+			if live, err = k.tables.Live(); err != nil || live.Beat < uint64(before) {
 				t.Errorf("ready, and the kernel has beat %d, %v", live.Beat, err)
 			}
 			must(t, d.StopListening())
@@ -154,9 +167,8 @@ func TestHeartbeatBeginsWhenReady(t *testing.T) {
 		})
 	}
 	k := newKernel(t, 1, 10)
-	before := newClock()
-	k.start(firstPlan(t, kernelRoutes, Known{}), nil)
-	if live, err := k.tables.Live(); err != nil || live.Beat < uint64(before.base) {
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
+	if live, err := k.tables.Live(); err != nil || live.Beat < uint64(d.clock.base) {
 		t.Errorf("at the first start the kernel has beat %d, %v", live.Beat, err)
 	}
 }

@@ -313,6 +313,7 @@ func (h *handshake) learn(w *worker, s *packet.Segment) error {
 // no longer sees the backend's ACKs, so what the client will not repeat must be in
 // before; the rest goes along, so that the backend can answer at once.
 func (h *handshake) push(w *worker) {
+	h.own(w)
 	a := &h.attempt
 	all, size := h.toPush(), h.segmentSize()
 	for at := int(a.ack - (a.isn + 1)); at < len(all); at += size {

@@ -83,6 +83,7 @@ type Engine struct {
 	waiting      bool         // by beating: for Ready, and the kernel has
 	inherited    uint64       // the beat of an earlier daemon
 	beaten       atomic.Int64 // when: CLOCK_MONOTONIC ns
+	faint        atomic.Bool  // a worker is stuck: no beat is a sign of life
 	owned        ownedHellos
 	journal      *journal // nil: none
 

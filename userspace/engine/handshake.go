@@ -59,12 +59,12 @@ type handshake struct {
 	origin  connection // as it says, or the connection itself
 
 	hello    hello.Assembler
-	probed   bool // a keepalive probe's byte stood before the hello
-	held     int  // counted in Engine.held
-	acked    int  // bytes from hello.Start on that the client will not repeat
-	owns     bool // in Engine.owned: some bytes are acknowledged
-	again    bool // the first segment came twice: the client repeats from there
-	repeats  int  // how often it did, and when last
+	probed   bool            // a keepalive probe's byte stood before the hello
+	held     int             // counted in Engine.held
+	acked    int             // bytes from hello.Start on that the client will not repeat
+	noted    maps.OwnedHello // in Engine.owned, if not zero
+	again    bool            // the first segment came twice: the client repeats from there
+	repeats  int             // how often it did, and when last
 	repeatAt int64
 	fin      bool   // the client's FIN came
 	finAt    uint32 // its sequence number

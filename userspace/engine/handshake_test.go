@@ -66,10 +66,10 @@ func newDeskOf(t testing.TB, routes string) *desk {
 }
 
 // noted is what a desk has for the next daemon.
-type noted map[maps.Tuple]uint32
+type noted map[maps.Tuple]maps.OwnedHello
 
-func (n noted) OwnHello(client maps.Tuple, cookie uint32) error {
-	n[client] = cookie
+func (n noted) OwnHello(client maps.Tuple, h *maps.OwnedHello) error {
+	n[client] = *h
 	return nil
 }
 
@@ -81,7 +81,7 @@ func (n noted) DisownHello(client maps.Tuple) error {
 // full has no room.
 type full struct{ noted }
 
-func (full) OwnHello(maps.Tuple, uint32) error { return errors.New("no room") }
+func (full) OwnHello(maps.Tuple, *maps.OwnedHello) error { return errors.New("no room") }
 
 func (d *desk) wantLog(text string) {
 	d.t.Helper()

@@ -22,7 +22,7 @@ const proxyLine = "PROXY TCP4 203.0.113.7 203.0.113.1 1234 443\r\n"
 func proxyHandshake(t *testing.T, sent string) (*handshake, *worker, *frames) {
 	t.Helper()
 	out := &frames{}
-	w := newWorker(&Engine{}, 0, out)
+	w := newWorker(&Engine{owned: noted{}}, 0, out)
 	w.e.plan.Store(&Plan{config: &config.Config{Limits: config.DefaultLimits}})
 	c := connection{client: netip.MustParseAddrPort("192.0.2.2:40000"), listener: netip.MustParseAddrPort("192.0.2.1:443")}
 	h := &handshake{connection: c, origin: c, plan: w.e.plan.Load(), cookie: 0x70000000, proxied: true}

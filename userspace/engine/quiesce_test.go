@@ -55,6 +55,44 @@ func TestQuiesce(t *testing.T) {
 	}
 }
 
+// TestQuiesceAbandons has time run out while a backend has bytes, and would wait for the client: it is told. A client whose
+// bytes only the engine has is left to the next daemon.
+func TestQuiesceAbandons(t *testing.T) {
+	d := newDeskOf(t, proxiedRoutes)
+	whole, pieces, hello := newClient(1), newClient(2), clientHello(t)
+	d.sends(whole, 1, hello, packet.PSH)
+	d.pushes(whole)
+	d.sends(pieces, 1, hello[:100], packet.PSH)
+	d.passes(2 * ackAfter)
+	d.sends(pieces, 101, hello[100:], packet.PSH)
+	d.pushes(pieces)
+	d.out = nil
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := d.e.Quiesce(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("with two connections being set up: %v", err)
+	}
+	for _, frame := range d.out {
+		s, err := packet.Parse(frame[14:])
+		must(t, err)
+		if s.Flags != packet.RST|packet.ACK || s.Dst.String() != "192.0.2.11:443" {
+			t.Errorf("sent %+v", s)
+		}
+	}
+	if len(d.out) != 2 || len(d.handshakes) != 0 || len(d.leases) != 0 {
+		t.Errorf("%d resets, %d handshakes and %d ports are left", len(d.out), len(d.handshakes), len(d.leases))
+	}
+	for c, note := range d.e.owned.(noted) {
+		if c.Src != pieces.addr || !note.Acknowledged {
+			t.Errorf("noted %v %+v", c, note)
+		}
+	}
+	if n := len(d.e.owned.(noted)); n != 1 {
+		t.Errorf("%d are noted, want the one whose client must be told", n)
+	}
+	d.passes(time.Minute)
+}
+
 // TestQuiesceLeavesRings has what comes while there is nothing to finish wait for the next daemon.
 func TestQuiesceLeavesRings(t *testing.T) {
 	k := newKernel(t, 1, 10)

@@ -44,34 +44,44 @@ func (e *Engine) Unsettled() int {
 	n := 0
 	for _, w := range e.workers {
 		w.mu.Lock()
-		plan := e.plan.Load()
-		for _, h := range w.handshakes {
-			if h.phase != refused && h.plan != plan {
-				n++
-			}
-		}
+		n += w.unsettled(e.plan.Load())
 		w.mu.Unlock()
 	}
 	return n
 }
 
+func (w *worker) unsettled(plan *Plan) (n int) {
+	for _, h := range w.handshakes {
+		if h.phase != refused && h.plan != plan {
+			n++
+		}
+	}
+	return n
+}
+
 // dropSourceClient ends what Reload began for the sake of a plan with source: client,
-// once nothing goes by it.
+// once nothing goes by it. It waits for nobody's lock: the heart must not stop for a worker that keeps its own.
 func (e *Engine) dropSourceClient() {
 	if !e.sourceClient.Load() || !e.reloading.TryLock() {
 		return
 	}
 	defer e.reloading.Unlock()
-	if e.Unsettled() > 0 || slices.ContainsFunc(e.workers, (*worker).borrows) {
+	if slices.ContainsFunc(e.workers, (*worker).mayBorrow) {
 		return
 	}
 	e.sourceClient.Store(false)
 }
 
-// borrows reports whether a bound flow has its client's address and port.
-func (w *worker) borrows() bool {
-	w.mu.Lock()
+// mayBorrow reports whether a bound flow has its client's address and port, or a handshake of an earlier plan may get them; or that
+// it is not known, since the worker is busy.
+func (w *worker) mayBorrow() bool {
+	if !w.mu.TryLock() {
+		return true
+	}
 	defer w.mu.Unlock()
+	if w.unsettled(w.e.plan.Load()) > 0 {
+		return true
+	}
 	for _, one := range w.flows.ways.all {
 		if one.users > 0 && one.value.ports == nil {
 			return true
