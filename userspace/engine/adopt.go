@@ -167,14 +167,14 @@ func (a *adoption) removeHalf(leg maps.Leg, t maps.Tuple) {
 }
 
 // adoptEnds notes what an entry says of its side's end. Where a FIN stands is not known, unless the event of it is still in the ring.
-// That a RST came is known only from now on: a sender who goes on outlives it.
+// That a RST came is known only from now on: a sender who goes on outlives it, and has longer to do so.
 func (f *flow) adoptEnds(now int64, leg maps.Leg, control uint32) {
 	c := &f.closing
 	if control&maps.FlowFIN != 0 {
 		c.fin[leg], c.unheard[leg] = true, true
 	}
 	if control&maps.FlowRST != 0 {
-		c.reset, c.resetBy, c.resetAt = true, uint8(leg), now
+		c.reset, c.resetBy, c.resetAt, c.resetBefore = true, uint8(leg), now, true
 	}
 	// Who was first is not known: a backend that ended at all may hold the port.
 	c.backendFirst = c.backendFirst || leg == maps.LegBackend && c.ended() && (c.fin[leg] || c.resetBy == uint8(leg))

@@ -268,6 +268,47 @@ func TestUnheardQuiet(t *testing.T) {
 	}
 }
 
+// TestAdoptReset has a RST of an earlier daemon's time be in an entry: it may have been forged, and its sender be alive and silent for a
+// while, so the flow has the pool's closing timeout, a minute here. With a FIN, or a RST of now, it is as ever.
+func TestAdoptReset(t *testing.T) {
+	k := newKernel(t, 1, 100)
+	const rst, fin = maps.FlowRST, maps.FlowFIN
+	for name, c := range map[string]struct {
+		up, down uint32
+		again    bool
+		silent   time.Duration
+		reason   string
+	}{
+		"silent":            {rst, 0, false, 50 * time.Second, ""},
+		"silent for long":   {rst, 0, false, 61 * time.Second, "reset"},
+		"backend's":         {0, rst, false, 50 * time.Second, ""},
+		"with a FIN":        {rst | fin, 0, false, resetQuiet + time.Second, "reset"},
+		"the other's FIN":   {rst, fin, false, resetQuiet + time.Second, "reset"},
+		"another since":     {rst, 0, true, resetQuiet + time.Second, "reset"},
+		"not long since it": {rst, 0, true, resetQuiet - time.Second, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k.t = t
+			p := pairOf(1, 0, false, false)
+			p.Up.Flow.Control |= c.up
+			p.Down.Flow.Control |= c.down
+			k.bind(p)
+			d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+			f, w := d.flow(p), d.workers[0]
+			if c.again {
+				w.closingSegment(maps.LegClient, &packet.Segment{Src: p.Client.Src, Dst: p.Client.Dst, Flags: packet.RST})
+			}
+			seen := uint32(w.now >> 20)
+			p.Up.Flow.LastSeen, p.Down.Flow.LastSeen = seen, seen
+			w.now += int64(c.silent)
+			if reason := f.judge(w, p.Up, p.Down); reason != c.reason {
+				t.Errorf("%q, want %q", reason, c.reason)
+			}
+			f.remove(w, "idle")
+		})
+	}
+}
+
 // TestAdoptManyEnds has many flows be over when a daemon comes: others get the worker's lock in between, and what is due is not all due at
 // once.
 func TestAdoptManyEnds(t *testing.T) {

@@ -48,7 +48,7 @@ func (w *worker) closingSegment(leg maps.Leg, s *packet.Segment) {
 		c.backendFirst = leg == maps.LegBackend
 	}
 	if s.Has(packet.RST) {
-		c.reset, c.resetBy, c.resetAt = true, uint8(leg), w.now
+		c.reset, c.resetBy, c.resetAt, c.resetBefore = true, uint8(leg), w.now, false
 	}
 	if s.Has(packet.FIN) {
 		c.fin[leg], c.end[leg], c.unheard[leg] = true, s.End(), false
@@ -76,6 +76,8 @@ func (f *flow) quiet(v *way, acknowledged bool) time.Duration {
 	switch c := &f.closing; {
 	case !c.ended():
 		return v.timeouts.Idle
+	case c.reset && c.resetBefore && c.fin == [2]bool{}:
+		return v.timeouts.Closing
 	case c.reset:
 		return min(resetQuiet, v.timeouts.Closing)
 	case c.bothFINs() && v.ports != nil && v.ports.scarce():

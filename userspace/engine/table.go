@@ -42,6 +42,7 @@ type closing struct {
 	resetBy      uint8 // leg
 	backendFirst bool
 	unheard      [2]bool // by leg: the end was only seen in the entry, where its FIN stands is not known
+	resetBefore  bool    // by an earlier daemon's time: its sender may have outlived it then
 }
 
 // way is what all flows have in common that go to a backend by a route.
