@@ -293,7 +293,7 @@ func TestAdoptReset(t *testing.T) {
 			p.Up.Flow.Control |= c.up
 			p.Down.Flow.Control |= c.down
 			k.bind(p)
-			d := k.start(firstPlan(t, kernelRoutes, nil), nil)
+			d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 			f, w := d.flow(p), d.workers[0]
 			if c.again {
 				w.closingSegment(maps.LegClient, &packet.Segment{Src: p.Client.Src, Dst: p.Client.Dst, Flags: packet.RST})
