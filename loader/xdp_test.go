@@ -147,7 +147,7 @@ func reason(t *testing.T, i *Instance, role Role, name string) (n uint64) {
 		set, err := i.Tables().Packets(s.Slot)
 		must(t, err)
 		for r, count := range set.Packets {
-			if maps.Reasons[r].Name == name {
+			if r < len(maps.Reasons) && maps.Reasons[r].Name == name { // a set has room for more
 				n += count
 			}
 		}
