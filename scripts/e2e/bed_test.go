@@ -234,12 +234,12 @@ func TestBedLeftovers(t *testing.T) {
 			LinkIndex: eth1, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
 		}})
 	}))
-	for _, dir := range []string{filepath.Join(pinRoot, name), filepath.Join(socketDir, name+".sock")} {
+	for _, dir := range []string{filepath.Join(pinRoot, name), filepath.Join(socketDir, name+"@1.sock")} {
 		must(t, os.MkdirAll(dir, 0o755))
 		t.Cleanup(func() { _ = os.Remove(dir) })
 	}
 	left := strings.Join(leftovers(t, bed, name), "\n")
-	for _, want := range []string{"tcx ingress program", "device snilb0", "qdisc clsact on eth1", "pin " + pinRoot, "socket of " + name} {
+	for _, want := range []string{"tcx ingress program", "device snilb0", "qdisc clsact on eth1", "pin " + pinRoot, filepath.Join(socketDir, name+"@1.sock")} {
 		if !strings.Contains(left, want) {
 			t.Errorf("%s is not seen in:\n%s", want, left)
 		}

@@ -233,13 +233,19 @@ func leftovers(t *testing.T, bed *testbed.Bed, name string) []string {
 		return nil
 	}))
 	left = append(left, pinsOf(name)...)
-	return append(left, socketsOf(name)...)
+	return append(left, runFilesOf(name)...)
 }
 
-// socketsOf lists an instance's, behind whose name stands that of its network namespace.
+// socketsOf lists an instance's.
 func socketsOf(name string) []string {
 	sockets, _ := filepath.Glob(filepath.Join(socketDir, name+"@*.sock*"))
 	return sockets
+}
+
+// runFilesOf lists an instance's socket, lock and journal, behind whose name stands that of its network namespace.
+func runFilesOf(name string) []string {
+	files, _ := filepath.Glob(filepath.Join(socketDir, name+"@*"))
+	return files
 }
 
 func leftOnLink(l netlink.Link) []string {
