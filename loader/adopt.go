@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	bpf "snilb/maps"
 )
@@ -161,13 +160,11 @@ func (i *Instance) checkMerged(wanted [2]uint16, r *bpf.InstanceRecord) error {
 
 // silence is how long the daemon has given no sign of life that left the tables.
 func (a *adopted) silence() time.Duration {
-	var live bpf.Live
-	var now unix.Timespec
-	zero := uint32(0)
-	if a.maps[bpf.MapControl].Lookup(&zero, &live) != nil || live.Beat == 0 || unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) != nil {
+	live, err := (&bpf.Tables{Control: a.maps[bpf.MapControl]}).Live()
+	if err != nil {
 		return 0
 	}
-	return time.Duration(now.Nano() - int64(live.Beat)).Round(time.Millisecond)
+	return max(0, silence(&live)).Round(time.Millisecond)
 }
 
 // keepFlowEntries notes how many entries the tables have; each flow has two.
@@ -210,9 +207,6 @@ func (i *Instance) Secret() [32]byte { return i.record.Secret }
 func (i *Instance) SourcePorts() [2]uint16 {
 	return [2]uint16{i.opts.SourcePortFirst, i.opts.SourcePortLast}
 }
-
-// FlowEntries is how many connections the tables hold.
-func (i *Instance) FlowEntries() int { return i.opts.FlowEntries }
 
 // Adopted reports whether there was state to go on with.
 func (i *Instance) Adopted() bool { return i.state != nil }

@@ -331,7 +331,7 @@ func TestAdoptOptions(t *testing.T) {
 	o.Logger = slog.New(slog.NewTextHandler(&said, nil))
 	i := load(t, o)
 	must(t, i.Attach())
-	if i.opts.Workers != 2 || i.FlowEntries() != 1000 || i.opts.RingSize != int(l.record.RingSize) || len(i.TapQueues()) != 2 {
+	if i.opts.Workers != 2 || i.opts.FlowEntries != 1000 || i.opts.RingSize != int(l.record.RingSize) || len(i.TapQueues()) != 2 {
 		t.Errorf("options %+v", i.opts)
 	}
 	if got := i.SourcePorts(); got != [2]uint16{9999, 21000} || i.record.SourcePortFirst != 9999 {

@@ -232,19 +232,23 @@ func (s *State) readKnown(t *bpf.Tables, record *bpf.InstanceRecord) error {
 	if err != nil {
 		return err
 	}
-	var live bpf.Live
-	zero := uint32(0)
-	if err := t.Control.Lookup(&zero, &live); err != nil {
-		return fmt.Errorf("read control: %w", err)
+	live, err := t.Live()
+	if err != nil {
+		return err
+	}
+	s.Silent = silence(&live)
+	return nil
+}
+
+// silence is how long there was no sign of a daemon; negative if there never was.
+func silence(live *bpf.Live) time.Duration {
+	if live.Beat == 0 {
+		return -1
 	}
 	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
-		return fmt.Errorf("read the clock: %w", err)
-	}
-	if s.Silent = -1; live.Beat != 0 {
-		s.Silent = max(0, time.Duration(now.Nano())-time.Duration(live.Beat))
-	}
-	return nil
+	// Cannot fail: the clock exists on every Linux, and the pointer is good.
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
+	return max(0, time.Duration(now.Nano())-time.Duration(live.Beat))
 }
 
 // slotOf finds the counters of a role on an interface. The last slot is shared by those that came too late.
