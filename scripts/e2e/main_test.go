@@ -73,43 +73,12 @@ func build(dir string) (string, error) {
 	return path, nil
 }
 
-// need ends the test when err is set. Where everything is there by definition (CI, or SNILB_REQUIRE=1) that is a failure:
-// a test that is always skipped proves nothing and nobody notices.
-func need(t *testing.T, what string, err error) {
-	t.Helper()
-	if err == nil {
-		return
-	}
-	if os.Getenv("CI") != "" || os.Getenv("SNILB_REQUIRE") != "" {
-		t.Fatalf("needs %s: %v", what, err)
-	}
-	t.Skipf("needs %s: %v", what, err)
-}
-
-func needTool(t *testing.T, names ...string) {
-	t.Helper()
-	for _, name := range names {
-		_, err := exec.LookPath(name)
-		need(t, name, err)
-	}
-}
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	var err error
-	if os.Geteuid() != 0 {
-		err = fmt.Errorf("running as user %d", os.Geteuid())
-	}
-	need(t, "root", err)
-}
-
-// must is for steps of a test that are not what it is about.
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var (
+	need     = testbed.Need
+	needTool = testbed.NeedTool
+	needRoot = testbed.NeedRoot
+	must     = testbed.Must
+)
 
 // newBed builds a bed for the chosen mode and takes it down after the test.
 func newBed(t *testing.T, opts testbed.Options) *testbed.Bed {

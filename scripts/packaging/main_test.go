@@ -38,41 +38,12 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-// need ends the test when err is set. In CI, where all is there, that is a failure.
-func need(t *testing.T, what string, err error) {
-	t.Helper()
-	if err == nil {
-		return
-	}
-	if os.Getenv("CI") != "" || os.Getenv("SNILB_REQUIRE") != "" {
-		t.Fatalf("needs %s: %v", what, err)
-	}
-	t.Skipf("needs %s: %v", what, err)
-}
-
-func needTool(t *testing.T, names ...string) {
-	t.Helper()
-	for _, name := range names {
-		_, err := exec.LookPath(name)
-		need(t, name, err)
-	}
-}
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	var err error
-	if os.Geteuid() != 0 {
-		err = fmt.Errorf("running as user %d", os.Geteuid())
-	}
-	need(t, "root", err)
-}
-
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var (
+	need     = testbed.Need
+	needTool = testbed.NeedTool
+	needRoot = testbed.NeedRoot
+	must     = testbed.Must
+)
 
 // tree is the root of the sources.
 const tree = "../.."
