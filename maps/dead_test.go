@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -346,20 +345,7 @@ func TestRefuseRandom(t *testing.T) {
 	skins(t, newDeadRig, settings{onDead: OnDeadReset}, func(t *testing.T, r *rig) {
 		random := rand.New(rand.NewPCG(5, 6))
 		for range randomRuns / 4 {
-			s := families[random.IntN(2)].clientSegment(syn | uint16(random.Uint32())&(psh|urg|ece|cwr|ae|reservedFlags))
-			s.options = randomOptions(random)
-			s.seq, s.ack, s.urgent, s.window = random.Uint32(), random.Uint32(), uint16(random.Uint32()), uint16(random.Uint32())
-			s.tos, s.ttl = uint8(random.Uint32()), uint8(random.Uint32())
-			s.src = netip.AddrPortFrom(s.src.Addr(), uint16(random.Uint32()))
-			if random.IntN(2) == 0 {
-				s.payload = make([]byte, random.IntN(1500))
-				for i := range s.payload {
-					s.payload[i] = byte(random.Uint32())
-				}
-			}
-			if r.set.xdp && random.IntN(16) == 0 {
-				s = s.unfinished()
-			}
+			s := r.randomSYN(random, 2)
 			r.expectRefusal(s)
 			if t.Failed() {
 				t.Fatalf("SYN was %x", s.frame())

@@ -516,27 +516,32 @@ func TestSynRandom(t *testing.T) {
 				r.live.Flags = uint32(random.IntN(8))
 				r.setClock()
 			}
-			f := families[random.IntN(2)]
-			s := f.clientSegment(syn | uint16(random.Uint32())&(psh|urg|ece|cwr|ae|reservedFlags))
-			s.options = randomOptions(random)
-			s.seq, s.ack, s.urgent, s.window = random.Uint32(), random.Uint32(), uint16(random.Uint32()), uint16(random.Uint32())
-			s.tos, s.ttl = uint8(random.Uint32()), uint8(random.Uint32())
-			s.src = netip.AddrPortFrom(s.src.Addr(), uint16(random.Uint32()))
-			if random.IntN(4) == 0 {
-				s.payload = make([]byte, random.IntN(1500))
-				for i := range s.payload {
-					s.payload[i] = byte(random.Uint32())
-				}
-			}
-			if r.set.xdp && random.IntN(16) == 0 {
-				s = s.unfinished()
-			}
+			s := r.randomSYN(random, 4)
 			r.expectAnswer(s)
 			if t.Failed() {
 				t.Fatalf("SYN was %x", s.frame())
 			}
 		}
 	})
+}
+
+// randomSYN is a client's with anything in it; one in payloads carries data.
+func (r *rig) randomSYN(random *rand.Rand, payloads int) segment {
+	s := families[random.IntN(2)].clientSegment(syn | uint16(random.Uint32())&(psh|urg|ece|cwr|ae|reservedFlags))
+	s.options = randomOptions(random)
+	s.seq, s.ack, s.urgent, s.window = random.Uint32(), random.Uint32(), uint16(random.Uint32()), uint16(random.Uint32())
+	s.tos, s.ttl = uint8(random.Uint32()), uint8(random.Uint32())
+	s.src = netip.AddrPortFrom(s.src.Addr(), uint16(random.Uint32()))
+	if random.IntN(payloads) == 0 {
+		s.payload = make([]byte, random.IntN(1500))
+		for i := range s.payload {
+			s.payload[i] = byte(random.Uint32())
+		}
+	}
+	if r.set.xdp && random.IntN(16) == 0 {
+		s = s.unfinished()
+	}
+	return s
 }
 
 // FuzzSyn lets the engine of go test look for options that are answered wrongly.
