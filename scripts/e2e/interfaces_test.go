@@ -236,6 +236,73 @@ func waitMoved(t *testing.T, bed *testbed.Bed) {
 	}
 }
 
+// TestRouteAway takes the routes away, to all backends or to the client, while a client connects: it is served once they are back,
+// and refused when they do not come back in time. Who has another pool to go to does not wait.
+func TestRouteAway(t *testing.T) {
+	bed := newBed(t, testbed.Options{})
+	startBackends(t, bed)
+	const pause = 800 * time.Millisecond
+	away := func(do string, addr netip.Addr) {
+		if _, err := bed.LB.Command(t.Context(), "ip", "route", do, "unreachable", netip.PrefixFrom(addr, addr.BitLen()).String()).Output(); err != nil {
+			t.Errorf("ip route %s %s: %v", do, addr, err)
+		}
+	}
+	// Those who come before the daemon has heard of it do not count.
+	ask := func(v6 bool, back func()) (took time.Duration, err error) {
+		for err == nil && took < pause/2 {
+			began := time.Now()
+			timer := time.AfterFunc(pause, back)
+			_, err = goClient(t, bed, vip(bed, v6), "a.example.com")
+			took = time.Since(began)
+			if !timer.Stop() {
+				break
+			}
+		}
+		return took, err
+	}
+	t.Run("back", func(t *testing.T) {
+		d := attach(t, bed, siteRoutes(bed, "timeouts: {connect: 20s}"))
+		families(t, func(t *testing.T, v6 bool) {
+			c := dialTLS(t, bed, vip(bed, v6), "a.example.com")
+			client := c.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+			must(t, c.Close())
+			for result, addr := range map[string]netip.Addr{"unreachable": at(bed, 1, v6, 443).Addr(), "": client} {
+				away("add", addr)
+				took, err := ask(v6, func() { away("del", addr) })
+				if err != nil || took < pause {
+					t.Errorf("%s away for %s: %v after %s", addr, pause, err, took)
+				}
+				if result != "" && d.connects("", result) == 0 {
+					t.Errorf("connects: %+v, want some %s", d.counters().Engine.Connects, result)
+				}
+			}
+		})
+		d.onlyConnects("ok", "unreachable")
+		d.wantDecisions("no_backend/reset", 0)
+	})
+	t.Run("gone", func(t *testing.T) {
+		attach(t, bed, siteRoutes(bed, "timeouts: {connect: 1s}"))
+		families(t, func(t *testing.T, v6 bool) {
+			addr := at(bed, 1, v6, 443).Addr()
+			away("add", addr)
+			defer away("del", addr)
+			if took, err := ask(v6, func() {}); err == nil || took < time.Second || took > time.Second+failoverMargin {
+				t.Errorf("%v after %s, want a reset after 1 s", err, took)
+			}
+		})
+	})
+	t.Run("spare", func(t *testing.T) {
+		routes := failoverRoutes("connect: 20s", [][2]netip.AddrPort{both(bed, 1, 443)}, `no_backend: "pool:spare"`)
+		attach(t, bed, strings.Replace(routes, "pools:\n", "pools:\n"+pool(bed, "spare", "", 2), 1))
+		families(t, func(t *testing.T, v6 bool) {
+			addr := at(bed, 1, v6, 443).Addr()
+			away("add", addr)
+			defer away("del", addr)
+			askServed(t, bed, v6, failoverMargin)
+		})
+	})
+}
+
 // TestUplinkGoes has two uplinks in two modes. One is deleted: connections by the other one do not notice; it comes back,
 // and they may move there.
 func TestUplinkGoes(t *testing.T) {

@@ -21,6 +21,10 @@ func (h *handshake) bind(w *worker) {
 	limit := w.e.plan.Load().config.Limits.Flows
 	back, err := w.e.o.NextHop(h.client.Addr())
 	switch {
+	case err != nil && w.now < h.deadline: // a route that flaps
+		a.retry = min(a.retry, maxPause)
+		h.retryAt(w)
+		return
 	case err != nil:
 		h.abandon(w, "no_route_to_client")
 		return

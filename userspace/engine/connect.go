@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"snilb/userspace/config"
 	"snilb/userspace/packet"
 	"snilb/userspace/pool"
 )
@@ -19,12 +20,31 @@ const (
 	// busyTries bounds how many ports of a backend are tried that it still holds
 	// in TIME_WAIT.
 	busyTries = 8
+	// maxPause is how long after the beginning of a round over a pool's backends the
+	// next one may have to wait: firstRetry at first, each time twice as long.
+	maxPause = time.Second
 )
+
+// rounds is who was tried already.
+type rounds struct {
+	tried []*pool.Backend
+	later []*pool.Backend // of these, those that may serve yet: our SYNs may be lost, or the route come back
+	next  int64           // when these may be tried again at the earliest
+	pause time.Duration
+}
+
+// begin lets those that may serve yet be tried: there is time, a bad network loses a few SYNs now and then, and a route
+// that flaps is away for a moment.
+func (r *rounds) begin(now int64) {
+	r.tried = slices.DeleteFunc(r.tried, func(b *pool.Backend) bool { return slices.Contains(r.later, b) })
+	r.later = nil
+	r.pause = max(firstRetry, min(2*r.pause, maxPause))
+	r.next = now + int64(r.pause)
+}
 
 // attempt is the handshake with one backend.
 type attempt struct {
-	tried   []*pool.Backend
-	silent  []*pool.Backend // of these, those that may only have lost our SYNs
+	rounds
 	backend *pool.Backend
 	hop     Hop
 	local   local
@@ -49,14 +69,20 @@ func (h *handshake) connect(w *worker) {
 		b := d.pool.Balancer.Next(d.hash, pool.FamilyOf(h.client.Addr()), func(b *pool.Backend) bool {
 			return slices.Contains(h.attempt.tried, b)
 		})
-		if b == nil && len(h.attempt.silent) > 0 {
-			h.attempt.askAgain()
-			continue
-		}
-		if b == nil {
+		if b == nil && len(h.attempt.later) == 0 {
 			break
 		}
-		h.attempt = attempt{tried: append(h.attempt.tried, b), silent: h.attempt.silent, backend: b}
+		if b == nil && w.now < h.attempt.next {
+			h.phase = paused
+			w.timers.set(h, min(h.attempt.next, h.deadline))
+			return
+		}
+		if b == nil {
+			h.attempt.begin(w.now)
+			continue
+		}
+		h.attempt = attempt{rounds: h.attempt.rounds, backend: b}
+		h.attempt.tried = append(h.attempt.tried, b)
 		if h.open(w) {
 			return
 		}
@@ -64,13 +90,6 @@ func (h *handshake) connect(w *worker) {
 	w.log.limited(w.now, "no backend can be reached", "pool", d.poolName())
 	next := h.plan.decideNoBackend(*d, h.origin, h.sni)
 	h.act(w, next)
-}
-
-// askAgain lets the silent backends be tried once more: there is time, and each was
-// given only a few SYNs, all of which a bad network loses now and then.
-func (a *attempt) askAgain() {
-	a.tried = slices.DeleteFunc(a.tried, func(b *pool.Backend) bool { return slices.Contains(a.silent, b) })
-	a.silent = nil
 }
 
 // open sends a SYN from a new port. Returns false when this backend cannot be
@@ -81,6 +100,7 @@ func (h *handshake) open(w *worker) bool {
 	if err != nil {
 		w.stats.connect(a.backend, "unreachable")
 		w.log.limited(w.now, "no route to a backend", "backend", a.backend.Addr, "error", err)
+		h.tryLater()
 		return false
 	}
 	a.hop = hop
@@ -100,6 +120,13 @@ func (h *handshake) open(w *worker) bool {
 	h.phase = connecting
 	h.sendSYN(w)
 	return true
+}
+
+// tryLater has a backend tried again whose route is away, unless there is a pool to go to instead: that would have to wait.
+func (h *handshake) tryLater() {
+	if a := &h.attempt; h.decision.pool.Config.NoBackend.Kind != config.ToPool {
+		a.later = append(a.later, a.backend)
+	}
 }
 
 // number chooses our initial sequence number and timestamp. With source: client they
@@ -148,9 +175,13 @@ func (h *handshake) retryAt(w *worker) {
 // expireAttempt repeats what the backend did not answer, or goes to the next one.
 func (h *handshake) expireAttempt(w *worker) {
 	switch {
+	case h.phase == paused:
+		h.connect(w)
+	case h.phase == pushing && !h.mustPush():
+		h.bind(w) // the client's route was away
 	case w.now >= h.attempt.ends:
 		if h.phase == connecting {
-			h.attempt.silent = append(h.attempt.silent, h.attempt.backend)
+			h.attempt.later = append(h.attempt.later, h.attempt.backend)
 			h.blameRoute(w)
 		}
 		h.fail(w, "timeout")
@@ -260,12 +291,12 @@ func (h *handshake) synAck(w *worker, s *packet.Segment) {
 		h.fail(w, result)
 		return
 	}
+	a.retry = firstRetry
+	a.ends = h.deadline
 	if !h.mustPush() {
 		h.bind(w)
 		return
 	}
-	a.retry = firstRetry
-	a.ends = h.deadline
 	h.push(w)
 }
 
@@ -275,6 +306,7 @@ func (h *handshake) agree(w *worker, s *packet.Segment) (result string) {
 	a := &h.attempt
 	if err := h.learn(w, s); err != nil {
 		w.log.limited(w.now, "no way to a backend within its MSS", "backend", a.backend.Addr, "error", err)
+		h.tryLater()
 		return "no_nexthop"
 	}
 	if h.options.HasTimestamps && !s.Options.HasTimestamps {

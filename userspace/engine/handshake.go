@@ -40,6 +40,7 @@ type phase uint8
 
 const (
 	collecting phase = iota // the hello is not whole
+	paused                  // no backend to try now, but some to try again
 	connecting              // a SYN is out to a backend
 	pushing                 // the backend must still ACK what only we can repeat
 	refused                 // decided, nothing more to do: remembered to stay silent
@@ -409,8 +410,8 @@ func (h *handshake) act(w *worker, d decision) {
 		h.refuse(w, d.action)
 		return
 	}
-	h.phase = connecting
 	h.attempt = attempt{}
+	h.attempt.begin(w.now)
 	h.deadline = w.now + int64(d.pool.Config.Timeouts.Connect)
 	h.connect(w)
 }

@@ -81,6 +81,8 @@ func (h *handshake) status(now int64) Flow {
 		f.Peer = h.client.String()
 	}
 	switch h.phase {
+	case paused:
+		f.State = "connecting"
 	case connecting, pushing:
 		f.State, f.Backend = "connecting", h.attempt.backend.Addr.String()
 	case refused:
