@@ -125,7 +125,7 @@ func (l *soakLoad) count(kind string, began time.Time, err error) {
 	if err != nil {
 		t.failures = append(t.failures, soakFailure{
 			kind: kind, at: time.Now(), err: err, reset: isReset(err) && !errors.As(err, new(brokenError)),
-			killed: l.s.during(began, "kill", "upgrade"), noWay: l.s.during(began, awayEvents...), before: l.s.before(),
+			killed: l.s.during(began, "kill", "upgrade"), before: l.s.before(),
 		})
 	}
 }
@@ -155,29 +155,16 @@ func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// awayEvents take routes away for a moment.
-var awayEvents = []string{"backend link", "route flushed", "client link", "second uplink", "uplink unplugged"}
-
 // judge fails for what nothing explains. Who is reset in its handshake may be one of those whose hello a dead daemon had
-// acknowledged, or who came when no route led to any backend or back to the client: as many as the daemons have counted. Who may
-// be either comes last.
+// acknowledged: as many as the daemons have counted.
 func (s *soak) judge() {
-	orphaned, unreachable := s.orphaned, s.unreachable
+	orphaned := s.orphaned
 	for _, f := range s.load.failures {
-		if f.reset && f.killed && !f.noWay {
+		if f.reset && f.killed && orphaned > 0 {
 			orphaned--
+			continue
 		}
-	}
-	for _, f := range s.load.failures {
-		switch {
-		case f.reset && f.noWay && unreachable > 0:
-			unreachable--
-		case f.reset && f.noWay && f.killed && orphaned > 0:
-			orphaned--
-		case f.reset && f.killed && !f.noWay && orphaned >= 0:
-		default:
-			s.t.Errorf("%s %s: %v\n\tbefore: %s", f.at.Format("15:04:05.000"), f.kind, f.err, f.before)
-		}
+		s.t.Errorf("%s %s: %v\n\tbefore: %s", f.at.Format("15:04:05.000"), f.kind, f.err, f.before)
 	}
 }
 
