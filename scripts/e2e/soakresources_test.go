@@ -41,11 +41,12 @@ func memoryBound(kB int64) int64 { return kB + kB/2 + 16<<10 }
 
 func plus(more int64) func(int64) int64 { return func(n int64) int64 { return n + more } }
 
-// The first daemon has not met all neighbours: of next hops and managed neighbours there are more when routes have led
-// everywhere, and of paths as many as three backends of two families have by two ways.
+// The first daemon has not met all neighbours: of managed ones there are more when routes have led everywhere. Of paths there are
+// as many as three backends of two families have by two ways; of next hops twice as many, as each way may have been a narrow one
+// at a time, and those of clients of two families by two uplinks.
 var bounds = []bound{
 	{"flows4", plus(0), false, true}, {"flows6", plus(0), false, true}, {"owned", plus(0), false, true},
-	{"listeners", plus(0), false, true}, {"listener_ports", plus(0), false, true}, {"paths", func(int64) int64 { return 3 * 2 * 2 }, false, false}, {"nexthops", plus(8), false, false},
+	{"listeners", plus(0), false, true}, {"listener_ports", plus(0), false, true}, {"paths", func(int64) int64 { return 3 * 2 * 2 }, false, false}, {"nexthops", func(int64) int64 { return 2*3*2*2 + 2*2 }, false, false},
 	{"pins", plus(0), false, false}, {"programs", plus(0), false, false}, {"maps", plus(0), false, false}, {"links", plus(0), false, false},
 	{"devices", plus(0), false, true}, {"tcx programs", plus(0), false, false}, {"XDP programs", plus(0), false, false}, {"managed neighbours", plus(4), false, false},
 	{"files in /run", plus(0), false, false},
