@@ -350,9 +350,6 @@ func TestDeadCrashLoop(t *testing.T) {
 // TestDeadStarts has daemons that cannot attach follow a killed one, again and again, as a service manager would: none of
 // them puts off what new connections meet, and what is bound goes on.
 func TestDeadStarts(t *testing.T) {
-	if *mode != "tc" {
-		t.Skip("the programs of others that fill the hook are tc's")
-	}
 	bed := newBed(t, testbed.Options{})
 	startBackends(t, bed)
 	d := attach(t, bed, siteRoutes(bed), "--dead-after", deadAfter)
