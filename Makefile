@@ -75,22 +75,14 @@ lint: $(GOLANGCI) ## gofmt, go vet, golangci-lint, clang-format
 unit: bpffs ## unit tests, with the race detector
 	$(GO) test -race $$($(GO) list ./... | grep -v /scripts/e2e$$)
 
-# The whole output goes to a file that is shown when a test fails; the screen gets one line a test and every skip.
 e2e: bpffs ## end-to-end tests of the built binary (MODES="tc xdp")
-	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
-	for mode in $(MODES); do \
-		echo "$(GO) test -count=1 -v ./scripts/e2e -mode $$mode"; \
-		$(GO) test -count=1 -v -timeout 40m ./scripts/e2e -mode $$mode 2>&1 | tee "$$log" | \
-			grep --line-buffered -E '^(--- |ok|PASS|FAIL|panic:| +--- (FAIL|SKIP))' || \
-			{ echo "--- the whole output, mode $$mode:"; cat "$$log"; exit 1; }; \
-	done
+	@for mode in $(MODES); do scripts/e2e.sh $$mode; done
 
 # In the modes that MODES leaves out, what differs most between them; all of the suite is: make e2e MODES="xdp xdp-generic".
 XDP_TESTS = ^Test(Names|Flows|Kill|SurviveKill|SurviveUpgrade|SurviveOwned|DeadProxy|Privileges|ReloadInHello|HelloInPieces|PostQuantum|Uplinks|OneArmed|LiveProxy|Neighbours|HalfClose|ResetEither|LossSACK|PathMTU|ShrinkingLink|SourceClient|StacksSYN|StacksClient|Bulk|MTU|UnknownFlow|SynAck|ProxyIn)$$
 e2e-xdp: bpffs ## a part of the end-to-end tests by XDP, native and generic
 	@for mode in $(filter-out $(MODES),xdp xdp-generic); do \
-		echo "$(GO) test -count=1 ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'"; \
-		SNILB_UPGRADES=4 SNILB_KILLS=3 $(GO) test -count=1 -timeout 10m ./scripts/e2e -mode $$mode -run '$(XDP_TESTS)'; \
+		SNILB_UPGRADES=4 SNILB_KILLS=3 scripts/e2e.sh $$mode '$(XDP_TESTS)'; \
 	done
 
 # Those of make test do less of each.
