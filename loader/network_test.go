@@ -39,7 +39,7 @@ func run(t *testing.T, i *Instance) {
 // eventually waits for what Run does some time after a change.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for range 200 {
+	for range 1000 {
 		if ok() {
 			return
 		}

@@ -418,14 +418,15 @@ func TestICMPLimit(t *testing.T) {
 		before := r.bind(f, leg, nil)
 		e, echo := f.icmpError(leg), f.icmpError(leg)
 		echo.kind = 8
-		window := r.wholeWindow()
-		r.allow(EventICMP, window, eventsPerWindow-1)
-		r.expect(program(leg), echo.frame(), notTCP())
-		r.expect(program(leg), e.frame(), e.event(leg, 0))
-		r.expect(program(leg), e.frame(), drop(bpfReasonREASON_ICMP_LIMITED))
-		r.expect(program(leg), echo.frame(), notTCP())
-		r.allow(EventICMP, window-1, 1<<40)
-		r.expect(program(leg), e.frame(), e.event(leg, 0))
+		r.inWindow(func(r *rig, window uint64) {
+			r.allow(EventICMP, window, eventsPerWindow-1)
+			r.expect(program(leg), echo.frame(), notTCP())
+			r.expect(program(leg), e.frame(), e.event(leg, 0))
+			r.expect(program(leg), e.frame(), drop(bpfReasonREASON_ICMP_LIMITED))
+			r.expect(program(leg), echo.frame(), notTCP())
+			r.allow(EventICMP, window-1, 1<<40)
+			r.expect(program(leg), e.frame(), e.event(leg, 0))
+		})
 		r.untouched(f, leg, before)
 	})
 }

@@ -114,13 +114,14 @@ func TestFlowTooBigLimit(t *testing.T) {
 		before := r.bind(f, leg, nil)
 		s := f.legSegment(leg, ack)
 		overMTU(&s)
-		window := r.wholeWindow()
-		r.allow(EventTooBig, window, eventsPerWindow-1)
-		r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
-		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
-		r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
-		r.allow(EventTooBig, window-1, 1<<40)
-		r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
+		r.inWindow(func(r *rig, window uint64) {
+			r.allow(EventTooBig, window, eventsPerWindow-1)
+			r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
+			r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
+			r.expect(program(leg), s.frame(), drop(bpfReasonREASON_TOO_BIG))
+			r.allow(EventTooBig, window-1, 1<<40)
+			r.expect(program(leg), s.frame(), r.tooBig(s, leg, 0, nexthopMTU))
+		})
 		r.untouched(f, leg, before)
 	})
 }
@@ -144,18 +145,19 @@ func TestAllowances(t *testing.T) {
 			EventTooBig:  {program(leg), big.frame(), r.tooBig(big, leg, 0, nexthopMTU), drop(bpfReasonREASON_TOO_BIG)},
 		}
 		for flooded := range kinds {
-			window := r.wholeWindow()
-			for kind := range kinds {
-				r.allow(kind, window, 0)
-			}
-			r.allow(flooded, window, eventsPerWindow)
-			for kind, k := range kinds {
-				w := k.allowed
-				if kind == flooded {
-					w = k.limited
+			r.inWindow(func(r *rig, window uint64) {
+				for kind := range kinds {
+					r.allow(kind, window, 0)
 				}
-				r.expect(k.program, k.frame, w)
-			}
+				r.allow(flooded, window, eventsPerWindow)
+				for kind, k := range kinds {
+					w := k.allowed
+					if kind == flooded {
+						w = k.limited
+					}
+					r.expect(k.program, k.frame, w)
+				}
+			})
 		}
 	})
 }

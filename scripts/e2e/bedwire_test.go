@@ -39,7 +39,11 @@ func throughWire(t *testing.T, bed *testbed.Bed, v6 bool, n int, i testbed.Impai
 			time.Sleep(time.Millisecond) // no queue on the way overflows
 		}
 	}
-	time.Sleep(i.Delay + i.Jitter + 400*time.Millisecond) // echoes are late
+	late := 400 * time.Millisecond
+	if i.Filter != nil {
+		late = time.Second // an echo is by 300 ms
+	}
+	time.Sleep(i.Delay + i.Jitter + late)
 	return toward(bed.ClientWire.Recorded(), testbed.ToLB), toward(bed.BackendWire.Recorded(), testbed.FromLB)
 }
 

@@ -34,6 +34,8 @@ const (
 
 	readyTimeout = 20 * time.Second
 	stopTimeout  = 20 * time.Second
+	// commandTimeout is for other commands: detach --force alone waits for 15 s.
+	commandTimeout = time.Minute
 )
 
 // daemon is a running `snilb attach`.
@@ -151,7 +153,7 @@ func (d *daemon) kill() {
 // snilb runs another command of the binary in the load balancer's namespace.
 func (d *daemon) snilb(args ...string) (stdout string, err error) {
 	d.t.Helper()
-	ctx, cancel := context.WithTimeout(d.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(d.t.Context(), commandTimeout)
 	defer cancel()
 	cmd := d.bed.LB.Command(ctx, binary, args...)
 	var out, errOut bytes.Buffer

@@ -45,7 +45,7 @@ func TestHelloInTime(t *testing.T) {
 		t.Run("pauses", func(t *testing.T) {
 			c, err := dialTCP(t, bed, vip(bed, v6))
 			must(t, err)
-			split := &splitter{Conn: c, size: size/4 + 1, pause: 500 * time.Millisecond}
+			split := &splitter{Conn: c, size: size/4 + 1, pause: 300 * time.Millisecond}
 			got, err := whoami(handshake(t, split, classic("a.example.com")))
 			wantBody(t, got, err, "b1", "a.example.com")
 		})
@@ -308,7 +308,7 @@ func TestHelloMemory(t *testing.T) {
 // TestHellosPerSource has one client fill its share: others are served, and so is it after the timeout.
 func TestHellosPerSource(t *testing.T) {
 	bed := echoBed(t, testbed.Options{Clients: 2}, nil)
-	d := attach(t, bed, siteRoutes(bed, "limits: {hellos_per_source: 4}", "timeouts: {hello: 3s}"), "--workers", "1")
+	d := attach(t, bed, siteRoutes(bed, "limits: {hellos_per_source: 4}", "timeouts: {hello: 5s}"), "--workers", "1")
 	began := time.Now()
 	families(t, func(t *testing.T, v6 bool) {
 		greedy, other := clientsOf(bed, v6)[0], clientsOf(bed, v6)[1]

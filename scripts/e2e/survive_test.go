@@ -101,7 +101,8 @@ func (s *survivors) wantListed(t *testing.T, d *daemon) {
 func TestSurviveKill(t *testing.T) {
 	bed := newBed(t, testbed.Options{})
 	startBackends(t, bed)
-	d := attach(t, bed, siteRoutes(bed))
+	args := []string{"--dead-after", "30s"} // a slow machine must not make the stack refuse new connections
+	d := attach(t, bed, siteRoutes(bed), args...)
 	old := openSurvivors(t, bed)
 	old.wantAlive(t)
 	l := startLoad(t, bed, "a.example.com")
@@ -117,7 +118,7 @@ func TestSurviveKill(t *testing.T) {
 			away = 4 * time.Second // and half a second to start
 		}
 		time.Sleep(away)
-		d = d.again(siteRoutes(bed))
+		d = d.again(siteRoutes(bed), args...)
 		old.wantAlive(t)
 		old.wantListed(t, d)
 		c := d.counters()
