@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -107,7 +109,8 @@ func machine(t *testing.T, bed *testbed.Bed) []string {
 		links, err := netlink.LinkList()
 		for _, l := range links {
 			a := l.Attrs()
-			all = append(all, fmt.Sprintf("%s %s %d %s %s", a.Name, l.Type(), a.MTU, a.Flags, a.Alias))
+			// Whether it runs is told late: a TAP device whose daemon was killed stops by and by.
+			all = append(all, fmt.Sprintf("%s %s %d %s %s", a.Name, l.Type(), a.MTU, a.Flags&^net.FlagRunning, a.Alias))
 			all = append(all, leftOnLink(l)...)
 			qdiscs, err := netlink.QdiscList(l)
 			if err != nil {
@@ -128,17 +131,22 @@ func machine(t *testing.T, bed *testbed.Bed) []string {
 			return nil
 		})
 	}
-	for _, file := range []string{"/proc/self/mountinfo", "/proc/modules"} {
+	// Of the whole machine, what attach may need and another test does not bring.
+	for file, ours := range map[string]*regexp.Regexp{
+		"/proc/self/mountinfo": regexp.MustCompile(` - bpf `),
+		"/proc/modules":        regexp.MustCompile(`^(tun|sch_ingress|cls_bpf) `),
+	} {
 		text, err := os.ReadFile(file)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // a kernel without modules
 		}
 		must(t, err)
 		for line := range strings.Lines(string(text)) {
-			if !strings.Contains(line, "/run/netns/") { // of other beds
+			if ours.MatchString(line) {
 				all = append(all, strings.Fields(line)[0])
 			}
 		}
 	}
+	slices.Sort(all)
 	return all
 }
