@@ -49,7 +49,6 @@ type soakFailure struct {
 	err    error
 	reset  bool   // in the handshake
 	killed bool   // a daemon was replaced in the meantime
-	noWay  bool   // or there was no route for a moment
 	before string // what happened
 }
 
