@@ -32,7 +32,7 @@ const (
 	pinRoot   = "/sys/fs/bpf/snilb"
 	socketDir = "/run/snilb"
 
-	readyTimeout = 20 * time.Second
+	readyTimeout = 60 * time.Second // on an emulated machine programs take long to be verified
 	stopTimeout  = 20 * time.Second
 	// commandTimeout is for other commands: detach --force alone waits for 15 s.
 	commandTimeout = time.Minute
