@@ -7,16 +7,20 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 const (
 	cacheShards = 64
 	// Beyond that many addresses a shard begins anew: a flood of addresses costs lookups, no memory.
 	cachePerShard = 1024
+	// unreachableFor is how long it is believed that there is no route, though nothing has changed: many connections may want
+	// one of many backends that cannot be reached.
+	unreachableFor = time.Second
 )
 
-// routeCache keeps the next hops of addresses until anything changes in the
-// network. The zero value is empty. Sharded, so that workers do not wait for each
+// routeCache keeps the next hops of addresses, or that there are none, until anything
+// changes in the network. The zero value is empty. Sharded, so that workers do not wait for each
 // other.
 type routeCache struct {
 	generation atomic.Uint64 // raised by flush
@@ -34,8 +38,15 @@ type linkInfo struct {
 
 type cacheShard struct {
 	mu    sync.RWMutex
-	known map[netip.Addr]NextHop
+	known map[netip.Addr]answer
 	_     [32]byte // a cache line of its own
+}
+
+// answer is a next hop, or why there is none, and until when that is believed.
+type answer struct {
+	hop   NextHop
+	err   error
+	until time.Time
 }
 
 func (c *routeCache) shard(dst netip.Addr) *cacheShard {
@@ -45,16 +56,20 @@ func (c *routeCache) shard(dst netip.Addr) *cacheShard {
 	return &c.shards[h>>58]
 }
 
-func (c *routeCache) get(dst netip.Addr) (NextHop, bool) {
+// get returns what is known of an address; ok is false if nothing is.
+func (c *routeCache) get(dst netip.Addr) (hop NextHop, ok bool, err error) {
 	s := c.shard(dst)
 	s.mu.RLock()
-	h, ok := s.known[dst]
+	a, ok := s.known[dst]
 	s.mu.RUnlock()
-	return h, ok
+	if a.err != nil && time.Now().After(a.until) {
+		return NextHop{}, false, nil
+	}
+	return a.hop, ok, a.err
 }
 
 // put keeps an answer, unless the network changed after it was asked for.
-func (c *routeCache) put(dst netip.Addr, h NextHop, generation uint64) {
+func (c *routeCache) put(dst netip.Addr, a answer, generation uint64) {
 	s := c.shard(dst)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -62,9 +77,9 @@ func (c *routeCache) put(dst netip.Addr, h NextHop, generation uint64) {
 		return
 	}
 	if s.known == nil || len(s.known) >= cachePerShard {
-		s.known = make(map[netip.Addr]NextHop)
+		s.known = make(map[netip.Addr]answer)
 	}
-	s.known[dst] = h
+	s.known[dst] = a
 }
 
 // flush forgets everything. The generation goes first: what is being asked for now

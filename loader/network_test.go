@@ -483,7 +483,7 @@ func TestNextHopConcurrently(t *testing.T) {
 func TestCacheIsBounded(t *testing.T) {
 	var c routeCache
 	for n := range 4 * cacheShards * cachePerShard {
-		c.put(netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}), NextHop{Index: 1}, 0)
+		c.put(netip.AddrFrom4([4]byte{10, byte(n >> 16), byte(n >> 8), byte(n)}), answer{hop: NextHop{Index: 1}}, 0)
 	}
 	total := 0
 	for n := range c.shards {
@@ -493,9 +493,46 @@ func TestCacheIsBounded(t *testing.T) {
 		t.Errorf("%d addresses are kept", total)
 	}
 	c.flush()
-	c.put(addr("10.0.0.1"), NextHop{Index: 1}, 0)
-	if _, ok := c.get(addr("10.0.0.1")); ok {
+	c.put(addr("10.0.0.1"), answer{hop: NextHop{Index: 1}}, 0)
+	if _, ok, _ := c.get(addr("10.0.0.1")); ok {
 		t.Error("an answer from before the flush was kept")
+	}
+}
+
+// That there is no route is believed until the network changes, but not for long.
+func TestCacheOfNothing(t *testing.T) {
+	newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	i := load(t, testOptions(t, "eth0"))
+	to := addr("192.0.2.7")
+	if _, err := i.NextHop(to); !errors.Is(err, ErrUnreachable) {
+		t.Fatal(err)
+	}
+	i.cache.put(to, answer{err: ErrUnreachable, until: time.Now().Add(time.Hour)}, i.cache.generation.Load())
+	routeVia(t, "192.0.2.0/24", "10.9.0.254")
+	if _, err := i.NextHop(to); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("asked again for what is known: %v", err)
+	}
+	i.cache.put(to, answer{err: ErrUnreachable, until: time.Now()}, i.cache.generation.Load())
+	if _, err := i.NextHop(to); err != nil {
+		t.Errorf("believed for too long: %v", err)
+	}
+	i.cache.put(to, answer{err: ErrUnreachable, until: time.Now().Add(time.Hour)}, i.cache.generation.Load())
+	i.cache.flush()
+	if _, err := i.NextHop(to); err != nil {
+		t.Errorf("believed though the network has changed: %v", err)
+	}
+}
+
+// What is asked for and does not exist is remembered.
+func TestCacheKeepsNothing(t *testing.T) {
+	newNetns(t)
+	addVeth(t, "eth0", "10.9.0.1/24")
+	i := load(t, testOptions(t, "eth0"))
+	to := addr("192.0.2.7")
+	_, first := i.NextHop(to)
+	if a := i.cache.shard(to).known[to]; !errors.Is(a.err, ErrUnreachable) || time.Until(a.until) > unreachableFor || !errors.Is(first, ErrUnreachable) {
+		t.Errorf("%v, known is %+v", first, a)
 	}
 }
 

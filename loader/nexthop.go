@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -494,13 +495,13 @@ func (t *hopTable) move(index uint16, to hopKey) {
 // NextHop returns how packets to an address leave this node, as the kernel routes
 // them, and makes sure that the nexthops table has it. Returns an error that is
 // ErrLocal for an address of this node, and one that is ErrUnreachable if there is
-// no route. Known addresses cost no system call. The question is asked without a
+// no route. Known addresses cost no system call, nor for a second do those without a route. The question is asked without a
 // source address or interface: policy routing by source is not seen, and a
 // link-local destination is looked for on one link only.
 func (i *Instance) NextHop(dst netip.Addr) (NextHop, error) {
 	dst = dst.Unmap()
-	if h, ok := i.cache.get(dst); ok {
-		return h, nil
+	if h, ok, err := i.cache.get(dst); ok {
+		return h, err
 	}
 	return i.resolve(dst)
 }
@@ -521,6 +522,7 @@ func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {
 	generation := i.cache.generation.Load()
 	r, err := lookupRoute(i.ns, dst)
 	if err != nil {
+		i.cache.put(dst, answer{err: err, until: time.Now().Add(unreachableFor)}, generation)
 		return NextHop{}, err
 	}
 	link, err := i.cache.link(r.ifindex, i.askLink)
@@ -539,7 +541,7 @@ func (i *Instance) resolve(dst netip.Addr) (NextHop, error) {
 		return NextHop{}, err
 	}
 	h := NextHop{Index: index, MTU: mtu, Ifindex: r.ifindex, Source: r.source}
-	i.cache.put(dst, h, generation)
+	i.cache.put(dst, answer{hop: h}, generation)
 	return h, nil
 }
 
