@@ -122,7 +122,8 @@ func (h *handshake) open(w *worker) bool {
 	return true
 }
 
-// tryLater has a backend tried again whose route is away, unless there is a pool to go to instead: that would have to wait.
+// tryLater has a backend tried again whose route is away, or to which the client's own port is in use, unless there is a pool to
+// go to instead: that would have to wait.
 func (h *handshake) tryLater() {
 	if a := &h.attempt; h.decision.pool.Config.NoBackend.Kind != config.ToPool {
 		a.later = append(a.later, a.backend)

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"snilb/maps"
 	"snilb/userspace/packet"
 )
 
@@ -110,4 +111,31 @@ func TestNoRouteToClient(t *testing.T) {
 	away.all = nil
 	d.sends(c, 1, hello, packet.PSH)
 	d.wantLast("the client, once it can be reached and repeats", packet.RST|packet.ACK, c.iss+1+uint32(len(hello)))
+}
+
+// TestClientPortComesFree has a client's port speak to the only backend already, with source: client: it is served once that
+// connection is over.
+func TestClientPortComesFree(t *testing.T) {
+	k := newKernel(t, 1, 10)
+	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
+	c := newClient(1)
+	other := maps.Tuple{Src: netip.MustParseAddrPort("192.0.2.12:443"), Dst: c.addr}
+	must(t, k.tables.InsertFlow(maps.LegBackend, other, &maps.Entry{To: other}))
+	w := d.workers[0]
+	w.now = d.clock.now()
+	d.hears(&packet.Segment{
+		Src: c.addr, Dst: netip.MustParseAddrPort("203.0.113.1:443"), Seq: c.iss + 1, Ack: 5001,
+		Flags: packet.ACK | packet.PSH, Window: 1000, Payload: helloOf("b.example.com"),
+	})
+	if all, _ := d.segments(0); len(all) != 0 {
+		t.Fatalf("in use: %+v, want silence", all)
+	}
+	must(t, k.tables.DeleteFlow(maps.LegBackend, other))
+	w.now += int64(maxPause)
+	for h, ok := w.timers.due(w.now); ok; h, ok = w.timers.due(w.now) {
+		h.expire(w)
+	}
+	if all, _ := d.segments(0); len(all) != 1 || all[0].Flags != packet.SYN || all[0].Src != c.addr {
+		t.Errorf("free: %+v, want a SYN from the client's own", all)
+	}
 }

@@ -81,6 +81,7 @@ func (h *handshake) borrowClient(w *worker) bool {
 	if errors.Is(err, ebpf.ErrKeyExist) {
 		w.log.limited(w.now, "a client's address and port speak to this backend already, by another listener or proxy",
 			"backend", a.backend.Addr, "client", client)
+		h.tryLater()
 		return false
 	}
 	if err != nil {
