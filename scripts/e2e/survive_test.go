@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -77,6 +78,21 @@ func (s *survivors) wantAlive(t *testing.T) {
 	wantAll(t, s.b, "b2", "b.example.com")
 }
 
+// waitNoted waits until the journal has all of them. It is written every 100 ms, and later on a busy machine; of connections that
+// are younger, a killed daemon's successor may not know the names.
+func (s *survivors) waitNoted(t *testing.T, d *daemon) {
+	t.Helper()
+	waitFor(t, "names in the journal", func() bool {
+		for _, file := range runFiles(d.name) {
+			text, err := os.ReadFile(file)
+			if err == nil && bytes.Count(text, []byte("a.example.com")) >= len(s.a) && bytes.Count(text, []byte("b.example.com")) >= len(s.b) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
 // wantListed wants the survivors in the flow table as they are: who, and how much.
 func (s *survivors) wantListed(t *testing.T, d *daemon) {
 	t.Helper()
@@ -105,6 +121,7 @@ func TestSurviveKill(t *testing.T) {
 	d := attach(t, bed, siteRoutes(bed), args...)
 	old := openSurvivors(t, bed)
 	old.wantAlive(t)
+	old.waitNoted(t, d)
 	l := startLoad(t, bed, "a.example.com")
 	orphaned := 0
 	kills := times(t, "SNILB_KILLS", 5)
