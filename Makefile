@@ -86,9 +86,9 @@ e2e-xdp: bpffs ## a part of the end-to-end tests by XDP, native and generic
 	done
 
 # Those of make test do less of each.
-survive: bpffs ## a hundred upgrades and fifty kills under load, in ten minutes a mode (MODES="tc xdp")
+survive: bpffs ## a hundred upgrades and fifty kills under load, and some with a million flows, in ten minutes a mode (MODES="tc xdp")
 	@for mode in $(MODES); do \
-		SNILB_UPGRADES=100 SNILB_KILLS=50 $(GO) test -count=1 -v -timeout 30m ./scripts/e2e -mode $$mode -run '^TestSurvive(Kill|Upgrade)$$' 2>&1 | \
+		SNILB_UPGRADES=100 SNILB_KILLS=50 SNILB_FLOWS=990000 $(GO) test -count=1 -v -timeout 30m ./scripts/e2e -mode $$mode -run '^TestSurvive(Kill|Upgrade|Many)$$' 2>&1 | \
 			grep --line-buffered -E '^(--- |ok|PASS|FAIL|panic:| .*(kills|upgrades|_test.go:))'; \
 	done
 

@@ -214,15 +214,13 @@ func (i *Instance) Adopted() bool { return i.state != nil }
 // adoptHops takes over the next hops that flows have. Those that none has are free again.
 func (i *Instance) adoptHops() error {
 	samples := make(map[uint16][]netip.Addr)
-	err := i.tables.Flows(func(_ bpf.Leg, _ bpf.Tuple, e *bpf.Entry) {
-		if e.Has(bpf.FlowPending) {
+	var enough [1 << 16]bool // of a million flows almost all are by a hop that has
+	err := i.tables.FlowHops(func(index uint16, dst netip.Addr) {
+		if enough[index] || slices.Contains(samples[index], dst) {
 			return
 		}
-		index, dst := e.Nexthop(), e.To.Dst.Addr()
-		some := samples[index]
-		if len(some) < hopSamples && !slices.Contains(some, dst) {
-			samples[index] = append(some, dst)
-		}
+		samples[index] = append(samples[index], dst)
+		enough[index] = len(samples[index]) >= hopSamples
 	})
 	if err != nil {
 		return err

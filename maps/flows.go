@@ -35,8 +35,10 @@ func (e *Entry) Nexthop() uint16 {
 
 // Worker is who the flow belongs to.
 func (e *Entry) Worker() int {
-	return int(e.Flow.Control >> 21 & (MaxWorkers - 1))
+	return workerOf(e.Flow.Control)
 }
+
+func workerOf(control uint32) int { return int(control >> 21 & (MaxWorkers - 1)) }
 
 // Has reports whether all of these FlowFIN, FlowRST, FlowConfirmed are set.
 func (e *Entry) Has(state uint32) bool {
@@ -95,39 +97,64 @@ func (t *Tables) DeleteFlow(leg Leg, tuple Tuple) error {
 	return nil
 }
 
-const flowBatch = 4096
-
 // Flows calls each for every entry of both tables. What is inserted or deleted
 // meanwhile may be seen or not, or be seen twice.
 func (t *Tables) Flows(each func(Leg, Tuple, *Entry)) error {
-	err := batch(t.Flows4, func(key *Flow4Key, value *Flow4) {
-		e := entry4(value)
-		each(Leg(key.Leg), tuple4(key), &e)
+	if err := batch(t.Flows4, decoded4(each)); err != nil {
+		return err
+	}
+	return batch(t.Flows6, decoded6(each))
+}
+
+// FlowsByWorker is Flows where each[n] is called for the entries of worker n. They are
+// called side by side, each by one goroutine. Returns an error if there is an entry of
+// a worker beyond them; some others were passed on by then.
+func (t *Tables) FlowsByWorker(each []func(Leg, Tuple, *Entry)) error {
+	err := batchByWorker(t.Flows4, decodedAll(each, decoded4), func(v *Flow4) uint32 { return v.Flow.Control })
+	if err != nil {
+		return err
+	}
+	return batchByWorker(t.Flows6, decodedAll(each, decoded6), func(v *Flow6) uint32 { return v.Flow.Control })
+}
+
+// FlowHops calls each with the next hop of every entry and where it takes packets to,
+// but for those of connections that are not bound yet.
+func (t *Tables) FlowHops(each func(index uint16, dst netip.Addr)) error {
+	err := batch(t.Flows4, func(_ *Flow4Key, v *Flow4) {
+		if v.Flow.Control&FlowPending == 0 {
+			each(uint16(v.Flow.Control), addr4(v.Daddr))
+		}
 	})
 	if err != nil {
 		return err
 	}
-	return batch(t.Flows6, func(key *Flow6Key, value *Flow6) {
-		e := entry6(value)
-		each(Leg(key.Leg), tuple6(key), &e)
+	return batch(t.Flows6, func(_ *Flow6Key, v *Flow6) {
+		if v.Flow.Control&FlowPending == 0 {
+			each(uint16(v.Flow.Control), Addr(v.Daddr))
+		}
 	})
 }
 
-func batch[K, V any](m *ebpf.Map, each func(*K, *V)) error {
-	keys, values := make([]K, flowBatch), make([]V, flowBatch)
-	var cursor ebpf.MapBatchCursor
-	for {
-		n, err := m.BatchLookup(&cursor, keys, values, nil)
-		for i := range n {
-			each(&keys[i], &values[i])
-		}
-		switch {
-		case errors.Is(err, ebpf.ErrKeyNotExist):
-			return nil
-		case err != nil:
-			return fmt.Errorf("read %s: %w", m, err)
-		}
+func decoded4(each func(Leg, Tuple, *Entry)) func(*Flow4Key, *Flow4) {
+	return func(key *Flow4Key, value *Flow4) {
+		e := entry4(value)
+		each(Leg(key.Leg), tuple4(key), &e)
 	}
+}
+
+func decoded6(each func(Leg, Tuple, *Entry)) func(*Flow6Key, *Flow6) {
+	return func(key *Flow6Key, value *Flow6) {
+		e := entry6(value)
+		each(Leg(key.Leg), tuple6(key), &e)
+	}
+}
+
+func decodedAll[F, G any](each []F, decoded func(F) G) []G {
+	all := make([]G, len(each))
+	for i := range each {
+		all[i] = decoded(each[i])
+	}
+	return all
 }
 
 func flow4Key(leg Leg, tuple Tuple) Flow4Key {

@@ -3,7 +3,8 @@
 package engine
 
 import (
-	"fmt"
+	"net/netip"
+	"sync"
 	"time"
 
 	"snilb/maps"
@@ -11,15 +12,13 @@ import (
 )
 
 // adoption makes the flows in the kernel's tables, which an earlier daemon has bound, this one's. The tables are read once: a client's
-// entry becomes a flow at once, and of the backends' those are remembered that come before.
+// entry becomes a flow at once, and of the backends' those are remembered that come before. Each worker takes its own entries,
+// side by side with the others: connections that begin meanwhile wait for the last.
 type adoption struct {
-	e      *Engine
-	now    int64
-	names  *names
-	of     []adopting // by worker
-	early  []backward
-	halves uint64
-	err    error
+	e     *Engine
+	now   int64
+	names *names
+	of    []*adopting // by worker
 }
 
 // backward is what is needed of a backend's entry.
@@ -29,12 +28,26 @@ type backward struct {
 	generation, route                uint16
 }
 
-// adopting is what is noted of a worker's flows until all is read.
+// adopting is a worker's part of it.
 type adopting struct {
-	paired      bitset // numbers of flows with both entries
-	unconfirmed bitset // numbers of flows whose client has not acknowledged anything yet
-	generations bitset // in use
+	*adoption
+	w           *worker
+	backends    map[backendKey]*pool.Backend // what names said
+	early       [][]backward                 // in chunks, as there may be many
+	paired      bitset                       // numbers of flows with both entries
+	unconfirmed bitset                       // numbers of flows whose client has not acknowledged anything yet
+	generations bitset                       // in use
+	halves      uint64
 }
+
+// backendKey is by what names knows a backend.
+type backendKey struct {
+	id   uint16
+	addr netip.AddrPort
+}
+
+// earlyChunk backwards are some 350 KB.
+const earlyChunk = 4096
 
 const (
 	// settleSpread is how far the looks at flows that are over are apart at the most: they all ended at unknown times.
@@ -61,84 +74,98 @@ func (e *Engine) adopt() error {
 	if err != nil {
 		e.o.Log.Warn("journal not read: flows are taken over without their names", "error", err)
 	}
-	a := &adoption{e: e, now: e.clock.now(), names: newNames(e.plan.Load(), known), of: make([]adopting, len(e.workers))}
-	if err := e.o.Tables.Flows(a.read); err != nil {
-		return err
+	a := &adoption{e: e, now: e.clock.now(), names: newNames(e.plan.Load(), known)}
+	var read []func(maps.Leg, maps.Tuple, *maps.Entry)
+	for _, w := range e.workers {
+		mine := &adopting{adoption: a, w: w, backends: make(map[backendKey]*pool.Backend)}
+		a.of, read = append(a.of, mine), append(read, mine.read)
 	}
-	if a.err != nil {
-		return a.err // before anything is removed
+	if err := e.o.Tables.FlowsByWorker(read); err != nil {
+		return err // before anything is removed
 	}
-	for i := range a.early {
-		if !a.pair(&a.early[i]) {
-			a.removeHalf(maps.LegBackend, a.early[i].tuple())
-		}
-	}
+	a.each((*adopting).pairEarly)
 	if err != nil || !a.recall(e.journal) {
 		if err := e.recallPeers(); err != nil {
 			return err
 		}
 	}
-	for _, w := range e.workers {
-		a.settle(w)
+	a.each((*adopting).settle)
+	for _, mine := range a.of {
+		e.halves += mine.halves
 	}
-	e.halves = a.halves
-	if e.adopted = e.Bound(); e.adopted > 0 || a.halves > 0 {
-		e.o.Log.Info("took over the flows of an earlier daemon", "flows", e.adopted, "half_flows", a.halves)
+	if e.adopted = e.Bound(); e.adopted > 0 || e.halves > 0 {
+		e.o.Log.Info("took over the flows of an earlier daemon", "flows", e.adopted, "half_flows", e.halves)
 	}
 	return nil
 }
 
-// worker is who an entry belongs to, nil if there is none.
-func (a *adoption) worker(control uint32) *worker {
-	n := (&maps.Entry{Flow: maps.Flow{Control: control}}).Worker()
-	if n < len(a.e.workers) {
-		return a.e.workers[n]
+// each has all workers' parts done, side by side.
+func (a *adoption) each(do func(*adopting)) {
+	var all sync.WaitGroup
+	for _, mine := range a.of {
+		all.Go(func() { do(mine) })
 	}
-	a.err = fmt.Errorf("there is a flow of worker %d, and there are %d workers: the number of workers differs from that of the daemon that bound it",
-		n, len(a.e.workers))
-	return nil
+	all.Wait()
 }
 
-// read takes any entry.
-func (a *adoption) read(leg maps.Leg, t maps.Tuple, entry *maps.Entry) {
-	w := a.worker(entry.Flow.Control)
-	switch {
-	case w == nil:
-	case leg == maps.LegClient:
-		a.readClient(w, t, entry)
-	default:
-		b := backward{
-			endpointOf(t.Src), endpointOf(t.Dst), endpointOf(entry.To.Dst), endpointOf(entry.To.Src),
-			entry.Flow.Control, entry.Flow.Generation, entry.Flow.Id,
-		}
-		if !a.pair(&b) {
-			a.early = append(a.early, b)
-		}
+// read takes any entry of the worker's.
+func (a *adopting) read(leg maps.Leg, t maps.Tuple, entry *maps.Entry) {
+	if leg == maps.LegClient {
+		a.readClient(t, entry)
+		return
 	}
+	b := backward{
+		endpointOf(t.Src), endpointOf(t.Dst), endpointOf(entry.To.Dst), endpointOf(entry.To.Src),
+		entry.Flow.Control, entry.Flow.Generation, entry.Flow.Id,
+	}
+	if !a.pair(&b) {
+		a.keep(b)
+	}
+}
+
+// keep remembers an entry until all are read.
+func (a *adopting) keep(b backward) {
+	last := len(a.early) - 1
+	if last < 0 || len(a.early[last]) == earlyChunk {
+		a.early, last = append(a.early, make([]backward, 0, earlyChunk)), last+1
+	}
+	a.early[last] = append(a.early[last], b)
 }
 
 // readClient makes a flow of a client's entry.
-func (a *adoption) readClient(w *worker, t maps.Tuple, up *maps.Entry) {
+func (a *adopting) readClient(t maps.Tuple, up *maps.Entry) {
 	c := connection{client: t.Src, listener: t.Dst}
+	w := a.w
 	if w.flows.byClient(c) != nil { // read twice
 		return
 	}
-	backend := a.names.backend(up.Flow.Id, up.To.Dst)
+	backend := a.backend(up.Flow.Id, up.To.Dst)
 	v := way{backend: backend, timeouts: a.names.timeouts(backend.Pool)}
 	f := w.flows.add(c, up.To.Src, v, "", c.client)
 	f.generation, f.bound = up.Flow.Generation, a.now
 	f.mss = smallestSegment(c.client.Addr().Is4())
 	f.adoptEnds(a.now, maps.LegClient, up.Flow.Control)
 	if !up.Has(maps.FlowConfirmed) {
-		a.of[w.id].unconfirmed.set(int(w.flows.number(f)))
+		a.unconfirmed.set(int(w.flows.number(f)))
 	}
-	a.of[w.id].generations.set(int(f.generation))
+	a.generations.set(int(f.generation))
+}
+
+// backend is what names says, asked once for all flows that have it.
+func (a *adopting) backend(id uint16, addr netip.AddrPort) *pool.Backend {
+	key := backendKey{id, addr}
+	b := a.backends[key]
+	if b == nil {
+		b = a.names.backend(id, addr)
+		a.backends[key] = b
+	}
+	return b
 }
 
 // pair finds the flow of a backend's entry. Returns false if there is none: it was of a handshake, a SYN has removed the client's, or
 // that is still to come.
-func (a *adoption) pair(b *backward) bool {
-	w := a.worker(b.control)
+func (a *adopting) pair(b *backward) bool {
+	w := a.w
 	f := w.flows.find(maps.LegClient, ends{b.client, b.listener})
 	if f == nil || b.control&maps.FlowPending != 0 || f.generation != b.generation || f.local != b.local {
 		return false
@@ -147,11 +174,23 @@ func (a *adoption) pair(b *backward) bool {
 	if endpointOf(v.backend.Addr) != b.backend {
 		return false
 	}
-	a.of[w.id].paired.set(int(w.flows.number(f)))
+	a.paired.set(int(w.flows.number(f)))
 	f.adoptEnds(a.now, maps.LegBackend, b.control)
 	v.route = a.names.route(b.route)
 	w.flows.setWay(f, v)
 	return true
+}
+
+// pairEarly pairs the backends' entries that came before the clients', now that all is read, and removes the halves.
+func (a *adopting) pairEarly() {
+	for _, some := range a.early {
+		for i := range some {
+			if b := &some[i]; !a.pair(b) {
+				a.removeHalf(maps.LegBackend, b.tuple())
+			}
+		}
+	}
+	a.early = nil
 }
 
 // tuple is what the backend's packets show.
@@ -159,10 +198,10 @@ func (b *backward) tuple() maps.Tuple {
 	return maps.Tuple{Src: b.backend.addrPort(), Dst: b.local.addrPort()}
 }
 
-func (a *adoption) removeHalf(leg maps.Leg, t maps.Tuple) {
+func (a *adopting) removeHalf(leg maps.Leg, t maps.Tuple) {
 	a.halves++
 	if err := a.e.o.Tables.DeleteFlow(leg, t); err != nil {
-		a.e.workers[0].log.limited(a.now, "half of a flow not removed", "error", err)
+		a.w.log.limited(a.now, "half of a flow not removed", "error", err)
 	}
 }
 
@@ -180,20 +219,20 @@ func (f *flow) adoptEnds(now int64, leg maps.Leg, control uint32) {
 	c.backendFirst = c.backendFirst || leg == maps.LegBackend && c.ended() && (c.fin[leg] || c.resetBy == uint8(leg))
 }
 
-// settle gives a worker's flows their ports and timers, now that all is read, and removes the halves.
-func (a *adoption) settle(w *worker) {
-	mine := &a.of[w.id]
+// settle gives the flows their ports and timers, now that all is known, and removes the halves.
+func (a *adopting) settle() {
+	w := a.w
 	apart := int64(settleSpread) / int64(w.flows.used+settleSlow)
 	for i := w.flows.len() - 1; i >= 0; i-- { // remove moves the last one
 		n := w.flows.order[i]
 		f := w.flows.at(n)
-		if !mine.paired.has(int(n)) {
+		if !a.paired.has(int(n)) {
 			a.removeHalf(maps.LegClient, f.clientTuple())
 			w.flows.remove(f)
 			continue
 		}
 		v := w.flows.wayOf(f)
-		v.ports = a.ports(w, f, v.backend)
+		v.ports = a.ports(f, v.backend)
 		if f.local.port < a.e.o.SourcePortFirst || f.local.port > a.e.o.SourcePortLast {
 			a.e.sourceClient.Store(true) // or the kernel would not look for its entry
 		}
@@ -201,18 +240,18 @@ func (a *adoption) settle(w *worker) {
 		switch {
 		case f.closing.ended():
 			w.flowTimers.set(n, a.now+int64(f.quiet(&v, false))+apart*int64(n))
-		case mine.unconfirmed.has(int(n)):
+		case a.unconfirmed.has(int(n)):
 			w.flowTimers.set(n, max(a.now, f.bound+int64(v.timeouts.Unconfirmed)))
 		}
-		a.e.flows.Add(1)
 	}
-	w.generation = lastGeneration(mine.generations)
+	a.e.flows.Add(int64(w.flows.len()))
+	w.generation = lastGeneration(a.generations)
 }
 
 // ports are where the port of a flow belongs, which is now known to be in use; nil if it is the client's own or of a pool
 // that is no more. (A port that nobody knows of is still not handed out as long as the flow is there: see worker.speaks.)
-func (a *adoption) ports(w *worker, f *flow, b *pool.Backend) *ports {
-	local, p := f.local.addrPort(), a.names.pools[b.Pool]
+func (a *adopting) ports(f *flow, b *pool.Backend) *ports {
+	w, local, p := a.w, f.local.addrPort(), a.names.pools[b.Pool]
 	if p == nil || p.Config.Source.Client || f.local == f.client || local == w.flows.originOf(f) {
 		return nil
 	}

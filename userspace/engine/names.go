@@ -4,6 +4,7 @@ package engine
 
 import (
 	"net/netip"
+	"sync"
 
 	"snilb/userspace/config"
 	"snilb/userspace/pool"
@@ -14,6 +15,7 @@ type names struct {
 	plan       *Plan
 	ids        ids
 	pools      map[string]*pool.Pool
+	mu         sync.Mutex                      // of what is below
 	byIdentity map[pool.Identity]*pool.Backend // of the plan, and those that were made here
 	byAddr     map[netip.AddrPort]*pool.Backend
 }
@@ -40,6 +42,8 @@ func newNames(p *Plan, known ids) *names {
 
 // backendOf is the plan's backend of that pool and address, or one made for all flows that have it.
 func (n *names) backendOf(b pool.Backend) *pool.Backend {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	key := pool.Identity{Pool: b.Pool, Addr: b.Addr}
 	if n.byIdentity[key] == nil {
 		n.byIdentity[key] = &b
@@ -53,6 +57,8 @@ func (n *names) backend(id uint16, addr netip.AddrPort) *pool.Backend {
 	if b := n.ids.backends[id]; b != nil && b.Addr == addr {
 		return n.backendOf(*b)
 	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	if b := n.byAddr[addr]; b != nil {
 		return b
 	}
