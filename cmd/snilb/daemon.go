@@ -364,15 +364,14 @@ func (s *server) handlers() api.Handlers {
 	return api.Handlers{
 		Status: func() (any, error) { return s.status() },
 		Config: func() (any, error) { return summarize(s.config.Load()), nil },
-		Flows: func() (iter.Seq[any], error) {
-			flows, err := s.engine.Flows()
+		Flows: func() iter.Seq[any] {
 			return func(yield func(any) bool) {
-				for i := range flows {
-					if !yield(&flows[i]) {
+				for f := range s.engine.Flows() {
+					if !yield(f) {
 						return
 					}
 				}
-			}, err
+			}
 		},
 		Reload: s.reload,
 		Detach: func() {

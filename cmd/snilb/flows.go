@@ -4,10 +4,12 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -26,7 +28,8 @@ func flowsCommand() *cli.Command {
 // flowSource calls a function for every flow.
 type flowSource func(context.Context, func(json.RawMessage) error) error
 
-// printFlows prints flows as they come: there may be a million.
+// printFlows prints flows as they come: there may be a million. Those of a table, of which the widths are known only at the end, by
+// their clients.
 func printFlows(ctx context.Context, out io.Writer, format string, flows flowSource) error {
 	switch format {
 	case formatJSON:
@@ -34,19 +37,24 @@ func printFlows(ctx context.Context, out io.Writer, format string, flows flowSou
 	case formatLines:
 		return flows(ctx, func(raw json.RawMessage) error { return printDocument(out, format, raw) })
 	}
-	w := newTable(out)
-	_, _ = fmt.Fprint(w, "client\tlistener\tsni\tpool\tbackend\tstate\tage\tidle\tin\tout\n")
+	var all []engine.Flow
 	err := flows(ctx, func(raw json.RawMessage) error {
 		var f engine.Flow
 		if err := json.Unmarshal(raw, &f); err != nil {
 			return fmt.Errorf("read a flow: %w", err)
 		}
-		_, err := fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\n", f.Client, f.Listener, orWords(f.SNI, "-"), orWords(f.Pool, "-"),
-			orWords(f.Backend, "-"), f.State, roundSeconds(f.Age), roundSeconds(f.Idle), f.BytesIn, f.BytesOut)
-		return err
+		all = append(all, f)
+		return nil
 	})
 	if err != nil {
 		return err
+	}
+	slices.SortFunc(all, func(a, b engine.Flow) int { return cmp.Compare(a.Client, b.Client) })
+	w := newTable(out)
+	_, _ = fmt.Fprint(w, "client\tlistener\tsni\tpool\tbackend\tstate\tage\tidle\tin\tout\n")
+	for _, f := range all {
+		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\n", f.Client, f.Listener, orWords(f.SNI, "-"), orWords(f.Pool, "-"),
+			orWords(f.Backend, "-"), f.State, roundSeconds(f.Age), roundSeconds(f.Idle), f.BytesIn, f.BytesOut)
 	}
 	return w.Flush()
 }

@@ -47,6 +47,10 @@ func TestPrintFlows(t *testing.T) {
 		}
 	}
 	var out bytes.Buffer
+	if err := printFlows(t.Context(), &out, "table", source(b, a)); err != nil || strings.Index(out.String(), ":5 ") > strings.Index(out.String(), ":6 ") {
+		t.Errorf("a table is not by clients: %v\n%s", err, &out)
+	}
+	out.Reset()
 	if err := printFlows(t.Context(), &out, "json", source()); err != nil || out.String() != "[]\n" {
 		t.Errorf("none: %q, %v", out.String(), err)
 	}

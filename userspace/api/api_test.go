@@ -42,8 +42,8 @@ func serve(t *testing.T, h Handlers) (path string, stop func()) {
 	return path, stop
 }
 
-func flowsOf(values ...any) func() (iter.Seq[any], error) {
-	return func() (iter.Seq[any], error) { return slices.Values(values), nil }
+func flowsOf(values ...any) func() iter.Seq[any] {
+	return func() iter.Seq[any] { return slices.Values(values) }
 }
 
 func collect(t *testing.T, c *Client) string {

@@ -42,7 +42,7 @@ const (
 // Handlers answer the requests. All are required and are called concurrently.
 type Handlers struct {
 	Status func() (any, error)
-	Flows  func() (iter.Seq[any], error)
+	Flows  func() iter.Seq[any]
 	Config func() (any, error)
 	Detach func()
 	Reload func() error // its error is for people, as it stands
@@ -198,16 +198,11 @@ func handler(h Handlers) http.Handler {
 	mux.HandleFunc("GET "+pathStatus, func(w http.ResponseWriter, _ *http.Request) { answer(w, h.Status) })
 	mux.HandleFunc("GET "+pathConfig, func(w http.ResponseWriter, _ *http.Request) { answer(w, h.Config) })
 	mux.HandleFunc("GET "+pathFlows, func(w http.ResponseWriter, r *http.Request) {
-		flows, err := h.Flows()
-		if err != nil {
-			refuse(w, err)
-			return
-		}
 		if strings.Contains(r.Header.Get("Accept"), linesType) {
-			writeLines(w, flows)
+			writeLines(w, h.Flows())
 			return
 		}
-		writeArray(w, flows)
+		writeArray(w, h.Flows())
 	})
 	mux.HandleFunc("POST "+pathDetach, func(w http.ResponseWriter, _ *http.Request) {
 		h.Detach()

@@ -79,7 +79,8 @@ func (d *daemon) lives() map[netip.AddrPort]life {
 			v := w.flows.wayOf(f)
 			known := flow{bound: f.bound, cookie: f.cookie, mss: f.mss, generation: f.generation, outlived: f.outlived}
 			backend := *v.backend
-			all[f.client.addrPort()] = life{w.flows.status(f, f.bound), known, told{&backend, v.route}}
+			shown := w.flows.listed(f)
+			all[f.client.addrPort()] = life{*shown.status(f.bound), known, told{&backend, v.route}}
 		}
 	}
 	return all

@@ -4,6 +4,8 @@ package engine
 
 import (
 	"cmp"
+	"iter"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -26,44 +28,69 @@ type Flow struct {
 	BytesOut uint64  `json:"bytes_out"` // backend to client
 }
 
-// Flows lists all connections: those without a backend yet, and the bound ones
-// with what the kernel counted.
-func (e *Engine) Flows() ([]Flow, error) {
-	now := e.clock.now()
-	type numbers struct {
-		bytes uint64
-		idle  time.Duration
-	}
-	up, down := make(map[maps.Tuple]numbers), make(map[maps.Tuple]numbers)
-	err := e.o.Tables.Flows(func(leg maps.Leg, t maps.Tuple, entry *maps.Entry) {
-		n := numbers{entry.Flow.Bytes, idle(now, entry.Flow.LastSeen)}
-		if leg == maps.LegClient {
-			up[t] = n
-		} else {
-			down[t] = n
-		}
-	})
-	all := []Flow{}
-	for _, w := range e.workers {
-		w.mu.Lock()
-		for _, h := range w.handshakes {
-			if h.phase == refused {
-				continue // over; remembered for its repetitions
+// Flows yields all connections, in no order: those without a backend yet, and the bound ones with what the kernel counted. There may
+// be a million, and the reader may be slow, so they are looked at some at a time, and no lock is held while one is yielded.
+func (e *Engine) Flows() iter.Seq[*Flow] {
+	return func(yield func(*Flow) bool) {
+		for _, w := range e.workers {
+			handshakes, now := w.listHandshakes()
+			for i := range handshakes {
+				if !yield(&handshakes[i]) {
+					return
+				}
 			}
+			for from := uint32(1); from != 0; {
+				var some []listed
+				some, from = w.listChunk(from, now)
+				for i := range some {
+					f := some[i].status(now)
+					e.count(f, &some[i], now)
+					if !yield(f) {
+						return
+					}
+				}
+			}
+		}
+	}
+}
+
+// listHandshakes returns those that are not bound, and when that was.
+func (w *worker) listHandshakes() (all []Flow, now int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now = w.e.clock.now()
+	for _, h := range w.handshakes {
+		if h.phase != refused { // over; remembered for its repetitions
 			all = append(all, h.status(now))
 		}
-		for _, n := range w.flows.order {
-			f := w.flows.at(n)
-			in, out := up[f.clientTuple()], down[w.flows.backendTuple(f)]
-			s := w.flows.status(f, now)
-			s.BytesIn, s.BytesOut = in.bytes, out.bytes
-			s.Idle = seconds(min(in.idle, out.idle))
-			all = append(all, s)
-		}
-		w.mu.Unlock()
 	}
-	slices.SortFunc(all, func(a, b Flow) int { return cmp.Compare(a.Client, b.Client) })
-	return all, err
+	return all, now
+}
+
+// listed is a flow as it was under the lock.
+type listed struct {
+	flow
+	way    way
+	name   string
+	origin netip.AddrPort
+}
+
+func (t *table) listed(f *flow) listed { return listed{*f, t.wayOf(f), t.nameOf(f), t.originOf(f)} }
+
+// listChunk returns the flows with numbers from that one on, but for those that were bound later, and the number to go on with, 0 if
+// there is none. Flows keep their numbers.
+func (w *worker) listChunk(from uint32, bound int64) (some []listed, next uint32) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for n := from; n < from+chunkFlows; n++ {
+		if n > w.flows.used {
+			return some, 0
+		}
+		if f := w.flows.at(n); f.client.bits != 0 && f.bound <= bound {
+			some = append(some, w.flows.listed(f))
+		}
+	}
+	return some, from + chunkFlows
 }
 
 func (h *handshake) status(now int64) Flow {
@@ -91,25 +118,36 @@ func (h *handshake) status(now int64) Flow {
 	return f
 }
 
-func (t *table) status(f *flow, now int64) Flow {
-	client, v := f.clientTuple(), t.wayOf(f)
-	s := Flow{
+func (l *listed) status(now int64) *Flow {
+	client := l.clientTuple()
+	s := &Flow{
 		Client:   client.Src.String(),
 		Listener: client.Dst.String(),
-		SNI:      t.nameOf(f),
-		Route:    v.route,
-		Pool:     v.backend.Pool,
-		Backend:  v.backend.Addr.String(),
+		SNI:      l.name,
+		Route:    l.way.route,
+		Pool:     l.way.backend.Pool,
+		Backend:  l.way.backend.Addr.String(),
 		State:    "open",
-		Age:      seconds(time.Duration(now - f.bound)),
+		Age:      seconds(time.Duration(now - l.bound)),
 	}
-	if origin := t.originOf(f); origin.IsValid() {
-		s.Client, s.Peer = origin.String(), s.Client
+	if l.origin.IsValid() {
+		s.Client, s.Peer = l.origin.String(), s.Client
 	}
-	if f.closing.ended() {
+	if l.closing.ended() {
 		s.State = "closing"
 	}
 	return s
+}
+
+// count adds what the kernel counted, if the flow has not ended meanwhile. It is asked by key: to read the tables through holds a
+// CPU, and the packets that are its, for longer.
+func (e *Engine) count(s *Flow, l *listed, now int64) {
+	up, errUp := e.o.Tables.LookupFlow(maps.LegClient, l.clientTuple())
+	down, errDown := e.o.Tables.LookupFlow(maps.LegBackend, maps.Tuple{Src: l.way.backend.Addr, Dst: l.local.addrPort()})
+	if errUp == nil && errDown == nil {
+		s.BytesIn, s.BytesOut = up.Flow.Bytes, down.Flow.Bytes
+		s.Idle = seconds(min(idle(now, up.Flow.LastSeen), idle(now, down.Flow.LastSeen)))
+	}
 }
 
 func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds() }
