@@ -81,7 +81,7 @@ func TestSurviveMany(t *testing.T) {
 	const workers = 2
 	text, backends := manyPool(bed)
 	routes := strings.Replace(siteRoutes(bed), "routes:\n", text+"routes:\n  - {sni: many.example.com, pool: many}\n", 1)
-	args := []string{"--on-exit", "keep", "--workers", fmt.Sprint(workers)}
+	args := []string{"--on-exit", "keep", "--workers", fmt.Sprint(workers), "--dead-after", "30s"} // on a slow machine it takes more than 10 s
 	d := attach(t, bed, routes, args...)
 	old := openSurvivors(t, bed)
 	old.wantAlive(t)

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -116,6 +117,34 @@ func TestArray(t *testing.T) {
 		if got := strings.ReplaceAll(string(body), "\n", ""); got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
+	}
+}
+
+// TestSlowReader ends the server while it answers somebody who does not read: nothing is listed any more when it has ended.
+func TestSlowReader(t *testing.T) {
+	begun, listing := make(chan struct{}), atomic.Bool{}
+	path, stop := serve(t, Handlers{Flows: func() iter.Seq[any] {
+		return func(yield func(any) bool) {
+			listing.Store(true)
+			close(begun)
+			for yield(strings.Repeat("x", 1000)) {
+			}
+			time.Sleep(50 * time.Millisecond) // as if there were more to do
+			listing.Store(false)
+		}
+	}})
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := io.WriteString(conn, "GET /v1/flows HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	<-begun
+	stop()
+	if listing.Load() {
+		t.Error("flows are still listed when the server has ended")
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -164,10 +165,16 @@ func (s *socket) Close() error {
 	return err
 }
 
-// Serve answers on l until ctx ends, then closes it and returns nil.
+// Serve answers on l until ctx ends, then closes it and returns nil. No handler runs any more then.
 func Serve(ctx context.Context, l net.Listener, h Handlers, log *slog.Logger) error {
+	var running sync.RWMutex
+	answer := handler(h)
 	server := &http.Server{
-		Handler:           handler(h),
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			running.RLock()
+			defer running.RUnlock()
+			answer.ServeHTTP(w, r)
+		}),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      writeTimeout,
@@ -184,9 +191,10 @@ func Serve(ctx context.Context, l net.Listener, h Handlers, log *slog.Logger) er
 	defer cancel()
 	err := server.Shutdown(grace)
 	if errors.Is(err, context.DeadlineExceeded) {
-		err = server.Close()
+		err = server.Close() // which does not wait: who is still answering cannot write, and ends
 	}
 	<-ended
+	running.Lock() // for good
 	if err != nil {
 		return fmt.Errorf("stop serving commands: %w", err)
 	}

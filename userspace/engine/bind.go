@@ -79,7 +79,7 @@ func (h *handshake) settle(w *worker) *flow {
 	a := &h.attempt
 	v := way{a.backend, a.local.ports, &h.decision.pool.Config.Timeouts, h.decision.routeName()}
 	f := w.flows.add(h.connection, a.local.AddrPort, v, h.sni, h.origin.client)
-	f.cookie, f.generation, f.bound = h.cookie, w.generation, h.progress
+	f.cookie, f.generation, f.bound = h.cookie, w.generation, w.now
 	toClient := segmentSize(h.options.MSS, a.hop.MTU, h.client.Addr().Is4(), h.options.HasTimestamps)
 	f.mss = uint16(min(h.segmentSize(), toClient))
 	w.note(f)

@@ -44,8 +44,7 @@ func (e *Engine) Flows() iter.Seq[*Flow] {
 				some, from = w.listChunk(from, now)
 				for i := range some {
 					f := some[i].status(now)
-					e.count(f, &some[i], now)
-					if !yield(f) {
+					if e.count(f, &some[i], now) && !yield(f) {
 						return
 					}
 				}
@@ -139,15 +138,17 @@ func (l *listed) status(now int64) *Flow {
 	return s
 }
 
-// count adds what the kernel counted, if the flow has not ended meanwhile. It is asked by key: to read the tables through holds a
-// CPU, and the packets that are its, for longer.
-func (e *Engine) count(s *Flow, l *listed, now int64) {
+// count adds what the kernel counted. Returns false if the flow has ended meanwhile. The kernel is asked by key: to read the tables
+// through holds a CPU, and the packets that are its, for longer.
+func (e *Engine) count(s *Flow, l *listed, now int64) bool {
 	up, errUp := e.o.Tables.LookupFlow(maps.LegClient, l.clientTuple())
 	down, errDown := e.o.Tables.LookupFlow(maps.LegBackend, maps.Tuple{Src: l.way.backend.Addr, Dst: l.local.addrPort()})
-	if errUp == nil && errDown == nil {
-		s.BytesIn, s.BytesOut = up.Flow.Bytes, down.Flow.Bytes
-		s.Idle = seconds(min(idle(now, up.Flow.LastSeen), idle(now, down.Flow.LastSeen)))
+	if errUp != nil || errDown != nil || up.Flow.Generation != l.generation { // the kernel knows no other error of a lookup
+		return false
 	}
+	s.BytesIn, s.BytesOut = up.Flow.Bytes, down.Flow.Bytes
+	s.Idle = seconds(min(idle(now, up.Flow.LastSeen), idle(now, down.Flow.LastSeen)))
+	return true
 }
 
 func seconds(d time.Duration) float64 { return d.Round(time.Millisecond).Seconds() }

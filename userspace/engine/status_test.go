@@ -5,6 +5,8 @@ package engine
 import (
 	"net/netip"
 	"testing"
+
+	"snilb/maps"
 )
 
 // TestFlowsListed lists more flows than are looked at at once, of which some end and some begin meanwhile: nobody waits for who reads
@@ -12,13 +14,14 @@ import (
 func TestFlowsListed(t *testing.T) {
 	const workers, flows = 2, 3 * chunkFlows
 	k := newKernel(t, workers, flows)
-	ends := make(map[string]bool)
+	ends, pairs := make(map[string]bool), make(map[string]*maps.Pair)
 	for n := range flows {
 		p := pairOf(n, n%workers, n%4 < 2, false)
 		p.Up.Flow.Bytes, p.Down.Flow.Bytes = uint64(1+n), uint64(10+n)
 		p.Up.Flow.LastSeen -= 5_000_000
 		p.Down.Flow.LastSeen -= 2000
 		k.bind(p)
+		pairs[p.Client.Src.String()] = p
 	}
 	d := k.start(firstPlan(t, kernelRoutes, Known{}), nil)
 	w := d.workers[1]
@@ -32,8 +35,8 @@ func TestFlowsListed(t *testing.T) {
 			}
 			w.mu.Unlock()
 		}
-		if !ends[f.Client] && (f.BytesOut != f.BytesIn+9 || f.Idle < 1.5 || f.Idle > 600 || f.State != "open") {
-			t.Errorf("%+v, want its bytes and idle for 2 s", f)
+		if ends[f.Client] || f.BytesOut != f.BytesIn+9 || f.Idle < 1.5 || f.Idle > 600 || f.State != "open" {
+			t.Errorf("%+v, want its bytes, idle for 2 s, and not if it has ended", f)
 		}
 		if changed || len(listed) <= flows/workers {
 			continue
@@ -43,8 +46,13 @@ func TestFlowsListed(t *testing.T) {
 		w.flows.add(later, netip.MustParseAddrPort("198.51.100.1:77"), v, "", later.client).bound = d.clock.now()
 		for range chunkFlows {
 			f := w.flows.at(w.flows.order[w.flows.len()-2])
-			ends[f.client.addrPort().String()] = true
+			client := f.client.addrPort().String()
+			ends[client] = true
 			f.remove(w, "idle")
+			p := pairs[client]
+			p.Up.Flow.Generation++
+			p.Up.Flow.Bytes, p.Down.Flow.Bytes = 0, 0
+			k.bind(p) // another connection by now
 		}
 	}
 	seen := 0
