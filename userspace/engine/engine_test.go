@@ -11,6 +11,7 @@ import (
 	"unsafe"
 
 	"snilb/maps"
+	"snilb/userspace/config"
 	"snilb/userspace/packet"
 )
 
@@ -196,6 +197,32 @@ func TestIdle(t *testing.T) {
 	}
 	if got := idle(1<<20, 0xffffffff); got != 2<<20 {
 		t.Errorf("over the wrap: %v", got)
+	}
+}
+
+// A RST behind both FINs, when each side has the other's, is the answer to a repetition that was late: the flow was closed, and is
+// kept no longer for it.
+func TestResetOfClosed(t *testing.T) {
+	v := &way{timeouts: &config.Timeouts{Closing: time.Minute}}
+	const fromClient, fromBackend = 1000, 7000 // behind the FINs
+	for name, c := range map[string]struct {
+		byClient, byBackend uint32 // last acknowledged
+		fin                 [2]bool
+		silent              time.Duration
+		want                string
+	}{
+		"both":              {fromBackend, fromClient, [2]bool{true, true}, closedQuiet, "closed"},
+		"both, too early":   {fromBackend, fromClient, [2]bool{true, true}, closedQuiet - 1, ""},
+		"not the client's":  {fromBackend, fromClient - 1, [2]bool{true, true}, closedQuiet, ""},
+		"not the backend's": {fromBackend - 1, fromClient, [2]bool{true, true}, resetQuiet, "reset"},
+		"one FIN":           {fromBackend, fromClient, [2]bool{true, false}, closedQuiet, ""},
+		"one FIN, later":    {fromBackend, fromClient, [2]bool{true, false}, resetQuiet, "reset"},
+	} {
+		f := &flow{closing: closing{reset: true, fin: c.fin, end: [2]uint32{fromClient, fromBackend}}}
+		up, down := &maps.Entry{Flow: maps.Flow{LastAck: c.byClient, Control: maps.FlowConfirmed}}, &maps.Entry{Flow: maps.Flow{LastAck: c.byBackend}}
+		if got := f.over(v, 0, up, down, c.silent); got != c.want {
+			t.Errorf("%s: over for %q, want %q", name, got, c.want)
+		}
 	}
 }
 

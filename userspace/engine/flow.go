@@ -78,7 +78,7 @@ func (f *flow) quiet(v *way, acknowledged bool) time.Duration {
 		return v.timeouts.Idle
 	case c.reset && c.resetBefore && c.fin == [2]bool{}:
 		return v.timeouts.Closing
-	case c.reset:
+	case c.reset && !acknowledged:
 		return min(resetQuiet, v.timeouts.Closing)
 	case c.bothFINs() && v.ports != nil && v.ports.scarce():
 		return closedHurry
@@ -199,13 +199,14 @@ func (f *flow) outliveReset(now int64, up, down *maps.Entry) bool {
 }
 
 func (f *flow) quietNow(v *way, up, down *maps.Entry) time.Duration {
-	if f.closing.bothFINs() && !f.closing.reset && !f.acknowledged(up, down) {
+	closed := f.closed(up, down)
+	if f.closing.bothFINs() && !f.closing.reset && !closed {
 		if f.closing.unheard != [2]bool{} {
 			return min(unheardQuiet, v.timeouts.Closing)
 		}
 		return v.timeouts.Closing
 	}
-	return f.quiet(v, true)
+	return f.quiet(v, closed)
 }
 
 // over says why a flow is to be removed, "" if it is not.
@@ -214,9 +215,11 @@ func (f *flow) over(v *way, now int64, up, down *maps.Entry, silent time.Duratio
 	switch {
 	case f.closing.ended() && silent >= quiet:
 		switch {
+		case f.closed(up, down): // by a RST it has answered a repetition that was late
+			return "closed"
 		case f.closing.reset:
 			return "reset"
-		case f.closing.bothFINs() && (f.acknowledged(up, down) || f.closing.unheard != [2]bool{} && silent >= unheardQuiet):
+		case f.closing.bothFINs() && f.closing.unheard != [2]bool{} && silent >= unheardQuiet:
 			return "closed"
 		}
 		return "closing_timeout"
@@ -226,6 +229,11 @@ func (f *flow) over(v *way, now int64, up, down *maps.Entry, silent time.Duratio
 		return "unconfirmed"
 	}
 	return ""
+}
+
+// closed reports whether each side has ended, and has the other's FIN.
+func (f *flow) closed(up, down *maps.Entry) bool {
+	return f.closing.bothFINs() && f.acknowledged(up, down)
 }
 
 // acknowledged reports whether each side has the other's FIN. An entry holds the
