@@ -30,8 +30,10 @@ type Entry struct {
 
 // Nexthop is the index of the next hop the direction leaves by.
 func (e *Entry) Nexthop() uint16 {
-	return uint16(e.Flow.Control & 0xffff)
+	return nexthopOf(e.Flow.Control)
 }
+
+func nexthopOf(control uint32) uint16 { return uint16(control & 0xffff) }
 
 // Worker is who the flow belongs to.
 func (e *Entry) Worker() int {
@@ -122,7 +124,7 @@ func (t *Tables) FlowsByWorker(each []func(Leg, Tuple, *Entry)) error {
 func (t *Tables) FlowHops(each func(index uint16, dst netip.Addr)) error {
 	err := batch(t.Flows4, func(_ *Flow4Key, v *Flow4) {
 		if v.Flow.Control&FlowPending == 0 {
-			each(uint16(v.Flow.Control), addr4(v.Daddr))
+			each(nexthopOf(v.Flow.Control), addr4(v.Daddr))
 		}
 	})
 	if err != nil {
@@ -130,7 +132,7 @@ func (t *Tables) FlowHops(each func(index uint16, dst netip.Addr)) error {
 	}
 	return batch(t.Flows6, func(_ *Flow6Key, v *Flow6) {
 		if v.Flow.Control&FlowPending == 0 {
-			each(uint16(v.Flow.Control), Addr(v.Daddr))
+			each(nexthopOf(v.Flow.Control), Addr(v.Daddr))
 		}
 	})
 }

@@ -63,9 +63,9 @@ func fillFlows(t *testing.T, bed *testbed.Bed, d *daemon, n, workers int, backen
 		backend := backends[i/ports]
 		up, down := entries[maps.LegClient], entries[maps.LegBackend]
 		for _, e := range []*maps.Entry{&up, &down} {
-			e.Flow.Control = e.Flow.Control&^(uint32(maps.MaxWorkers-1)<<21) | uint32(worker)<<21
-			e.Flow.Generation = uint16(i)
+			e.Flow.Control, e.Flow.Generation = maps.FlowControl(e.Nexthop(), 0, worker), uint16(i)
 		}
+		up.Flow.Control |= maps.FlowConfirmed
 		up.To = maps.Tuple{Src: ours, Dst: backend}
 		down.To.Dst = client
 		must(t, tables.InsertFlow(maps.LegBackend, up.To.Reverse(), &down))

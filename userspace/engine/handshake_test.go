@@ -478,3 +478,15 @@ func TestCloseAnew(t *testing.T) {
 		}
 	}
 }
+
+// TestBoundNow has a handshake become a flow some time after the hello: the flow is as old as that, so that who lists both at once
+// tells them apart, and its client has all of timeouts.unconfirmed.
+func TestBoundNow(t *testing.T) {
+	d, c := newDesk(t, ""), newClient(1)
+	d.sends(c, 1, clientHello(t), packet.PSH)
+	h := d.handshake(c)
+	d.passes(500 * time.Millisecond)
+	if f := h.settle(d.worker); f.bound != d.now || f.bound <= h.progress {
+		t.Errorf("bound at %d, the last of the hello came at %d, and it is %d", f.bound, h.progress, d.now)
+	}
+}

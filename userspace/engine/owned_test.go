@@ -93,18 +93,6 @@ func (d *desk) pushes(c client) *handshake {
 	return h
 }
 
-// TestBoundNow has a handshake become a flow some time after the hello: the flow is as old as that, so that who lists both at once
-// tells them apart, and its client has all of timeouts.unconfirmed.
-func TestBoundNow(t *testing.T) {
-	d, c := newDesk(t, ""), newClient(1)
-	d.sends(c, 1, clientHello(t), packet.PSH)
-	h := d.handshake(c)
-	d.passes(500 * time.Millisecond)
-	if f := h.settle(d.worker); f.bound != d.now || f.bound <= h.progress {
-		t.Errorf("bound at %d, the last of the hello came at %d, and it is %d", f.bound, h.progress, d.now)
-	}
-}
-
 // TestOwnedPush has a backend be noted before it gets bytes that the client does not send, with the number behind what it got.
 func TestOwnedPush(t *testing.T) {
 	for _, pieces := range []bool{false, true} {

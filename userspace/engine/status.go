@@ -142,7 +142,7 @@ func (l *listed) status(now int64) *Flow {
 // through holds a CPU, and the packets that are its, for longer.
 func (e *Engine) count(s *Flow, l *listed, now int64) bool {
 	up, errUp := e.o.Tables.LookupFlow(maps.LegClient, l.clientTuple())
-	down, errDown := e.o.Tables.LookupFlow(maps.LegBackend, maps.Tuple{Src: l.way.backend.Addr, Dst: l.local.addrPort()})
+	down, errDown := e.o.Tables.LookupFlow(maps.LegBackend, l.tupleOf(l.way.backend))
 	if errUp != nil || errDown != nil || up.Flow.Generation != l.generation { // the kernel knows no other error of a lookup
 		return false
 	}

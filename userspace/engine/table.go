@@ -266,5 +266,10 @@ func (f *flow) clientTuple() maps.Tuple {
 
 // backendTuple is what the backend's packets show.
 func (t *table) backendTuple(f *flow) maps.Tuple {
-	return maps.Tuple{Src: t.wayOf(f).backend.Addr, Dst: f.local.addrPort()}
+	return f.tupleOf(t.wayOf(f).backend)
+}
+
+// tupleOf is what the packets of its backend show.
+func (f *flow) tupleOf(b *pool.Backend) maps.Tuple {
+	return maps.Tuple{Src: b.Addr, Dst: f.local.addrPort()}
 }
